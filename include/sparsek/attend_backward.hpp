@@ -6,18 +6,18 @@
 
 namespace sparsek {
 
-// With g_ij = dL/dm_ij for selected j and I_c = {j in T_c : 0 < u_j - tau_c < 1} (empty if tau_c is infinite):
+// With g_ij = dL/dm_ij for selected j and I_c = {j in T_c : 0 < u_j - tau_c < 1} (empty if tau_c is
+// infinite):
 //   dL/du_j = sum_{i : j in I_c(i), selected} g_ij - sum_{i : j in I_c(i)} gbar_i,
 //   gbar_i  = sum_{l in I_c selected} g_il / |I_c|
-// where gate kSoftmax has g_ij = exp(s_ij - lse_i)(do_i . v_j - delta_i), delta_i = do_i . o_i, and gate kValue has
-// g_ij = p_ij (do_i . v_j) and ds_ij = p_ij (m_ij do_i . v_j - delta_i). dq, dk, dv as in FlashAttention-2 (arXiv 2307.08691)
-// with mask and gate applied. Query heads of a group add up.
+// where gate kSoftmax has g_ij = exp(s_ij - lse_i)(do_i . v_j - delta_i), delta_i = do_i . o_i, and
+// gate kValue has g_ij = p_ij (do_i . v_j) and ds_ij = p_ij (m_ij do_i . v_j - delta_i). dq, dk, dv
+// as in FlashAttention-2 (arXiv 2307.08691) with mask and gate applied. Query heads of a group add
+// up.
 //
-// q, k, v, scores, selection, lengths, options  as attend took them (selection.last_candidate is needed for dscores)
-// out, lse    as attend wrote them
-// dout        like q: the gradient of the loss in out
-// dq, dk, dv  out: like q, k, v
-// dscores     float32 [B, Hkv, Sk] out or none, contiguous
+// q, k, v, scores, selection, lengths, options  as attend took them (selection.last_candidate is
+// needed for dscores) out, lse    as attend wrote them dout        like q: the gradient of the loss
+// in out dq, dk, dv  out: like q, k, v dscores     float32 [B, Hkv, Sk] out or none, contiguous
 //
 // Throws as attend does.
 void attend_backward(Context const& context, ConstTensorView<4> const& q,

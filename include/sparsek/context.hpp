@@ -19,12 +19,13 @@ struct Device {
 //   kAuto       the fastest one for the device and the problem
 //   kReference  the fp64 specification (host memory, slow, any float dtype)
 //   kCpu        the threaded, vectorised CPU kernels
-//   kPortable   the CUDA kernels that run on every architecture (sm_80 and later), also where a faster one exists
-//   kSm90       the Hopper kernels; Unsupported where they do not apply
+//   kPortable   the CUDA kernels that run on every architecture (sm_80 and later), also where a
+//   faster one exists kSm90       the Hopper kernels; Unsupported where they do not apply
 enum class Backend : std::uint8_t { kAuto, kReference, kCpu, kPortable, kSm90 };
 
-// Scratch memory of one call, on the context's device. `allocate` returns at least `bytes` bytes aligned to 256, or throws.
-// What was allocated is given back with `deallocate` before the call returns, in stream order on CUDA.
+// Scratch memory of one call, on the context's device. `allocate` returns at least `bytes` bytes
+// aligned to 256, or throws. What was allocated is given back with `deallocate` before the call
+// returns, in stream order on CUDA.
 class WorkspaceAllocator {
  public:
   virtual ~WorkspaceAllocator() = default;
@@ -32,11 +33,13 @@ class WorkspaceAllocator {
   virtual void deallocate(void* pointer) noexcept = 0;
 };
 
-// Hands out pieces of one buffer that the caller owns, one after another, and never more: `allocate` throws
-// InvalidArgument when the buffer is too small. The stages' *_workspace_bytes functions give its size.
+// Hands out pieces of one buffer that the caller owns, one after another, and never more:
+// `allocate` throws InvalidArgument when the buffer is too small. The stages' *_workspace_bytes
+// functions give its size.
 class BufferAllocator final : public WorkspaceAllocator {
  public:
-  BufferAllocator(void* data, std::size_t bytes) : data_(static_cast<std::byte*>(data)), bytes_(bytes) {}
+  BufferAllocator(void* data, std::size_t bytes)
+      : data_(static_cast<std::byte*>(data)), bytes_(bytes) {}
   void* allocate(std::size_t bytes) override;
   void deallocate(void*) noexcept override {}
 
@@ -52,7 +55,8 @@ inline constexpr std::size_t kWorkspaceAlignment = 256;
 struct Context {
   Device device{};
   Backend backend = Backend::kAuto;
-  // The CUDA stream (a cudaStream_t) that work is enqueued on; null is the default stream. No call waits for it.
+  // The CUDA stream (a cudaStream_t) that work is enqueued on; null is the default stream. No call
+  // waits for it.
   void* stream = nullptr;
   // Threads of the CPU backend; 0: as many as the process may use.
   int num_threads = 0;

@@ -7,8 +7,8 @@
 
 namespace sparsek {
 
-// p_j = clip(z_j - tau, 0, 1) with tau such that sum_j p_j = k (arXiv 2406.16747, section 3.2). All zeros for k = 0,
-// all ones for k >= n.
+// p_j = clip(z_j - tau, 0, 1) with tau such that sum_j p_j = k (arXiv 2406.16747, section 3.2). All
+// zeros for k = 0, all ones for k >= n.
 //
 // z  [R, n] float32 or float64, any strides, finite
 // p  [R, n] out, same dtype, contiguous

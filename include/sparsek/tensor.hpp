@@ -53,7 +53,8 @@ constexpr std::array<std::int64_t, Rank> contiguous_stride(
   return stride;
 }
 
-// A read-only strided view. `data` points at element (0, ..., 0); strides count elements, not bytes.
+// A read-only strided view. `data` points at element (0, ..., 0); strides count elements, not
+// bytes.
 template <std::size_t Rank>
 struct ConstTensorView {
   void const* data = nullptr;

@@ -1,0 +1,277 @@
+// The public functions: validate, choose a backend, run. The only file that knows every backend.
+#include <string>
+
+#include "sparsek/sparsek.hpp"
+#include "validate.hpp"
+
+#ifndef SPARSEK_WITH_CUDA
+#define SPARSEK_WITH_CUDA 0
+#endif
+#ifndef SPARSEK_CUDA_ARCHITECTURES
+#define SPARSEK_CUDA_ARCHITECTURES ""
+#endif
+
+namespace sparsek {
+namespace {
+
+enum class Target { kReference, kCpu, kCuda };
+
+Target target_of(Context const& context) {
+  if (context.device.type == DeviceType::kCpu) {
+    return context.backend == Backend::kReference ? Target::kReference : Target::kCpu;
+  }
+  if constexpr (!SPARSEK_WITH_CUDA) {
+    throw Unsupported(
+        "device: CUDA kernels are not part of this build (it was made without nvcc); supported "
+        "here: CPU");
+  }
+  return Target::kCuda;
+}
+
+// Calls the backend's function. A build without CUDA never refers to the CUDA one.
+template <typename Reference, typename Cpu, typename Cuda>
+auto dispatch(Context const& context, Reference&& reference, Cpu&& cpu, Cuda&& cuda) {
+  switch (target_of(context)) {
+    case Target::kReference:
+      return reference();
+    case Target::kCpu:
+      return cpu();
+    case Target::kCuda:
+      break;
+  }
+  return cuda();
+}
+
+#if SPARSEK_WITH_CUDA
+#define SPARSEK_CUDA_CALL(call) [&] { return cuda::call; }
+#else
+#define SPARSEK_CUDA_CALL(call) [&]() -> decltype(cuda::call) { throw Unsupported("CUDA"); }
+#endif
+
+void run_select(Context const& context, SelectProblem const& p) {
+  if (p.batch == 0 || p.num_kv_heads == 0 || p.seq_len == 0) return;
+  dispatch(
+      context, [&] { reference::select(p); }, [&] { cpu::select(context, p); },
+      SPARSEK_CUDA_CALL(select(context, p)));
+}
+
+void run_attend(Context const& context, AttendProblem const& p) {
+  if (p.batch == 0 || p.num_q_heads == 0 || p.seq_len_q == 0) return;
+  dispatch(
+      context, [&] { reference::attend(p); }, [&] { cpu::attend(context, p); },
+      SPARSEK_CUDA_CALL(attend(context, p)));
+}
+
+void run_score(Context const& context, ScoreProblem const& p) {
+  if (p.batch == 0 || p.num_kv_heads == 0 || p.seq_len == 0) return;
+  dispatch(
+      context, [&] { reference::key_norm_scores(p); }, [&] { cpu::key_norm_scores(context, p); },
+      SPARSEK_CUDA_CALL(key_norm_scores(context, p)));
+}
+
+// A problem of these shapes without memory behind it, for questions about capability and workspace.
+// The alignment that decides between kernels is taken to be that of a fresh contiguous tensor.
+AttendProblem shape_only_problem(Context const& context, DataType dtype,
+                                 std::array<std::int64_t, 4> const& q_shape,
+                                 std::array<std::int64_t, 4> const& k_shape,
+                                 AttendOptions const& options) {
+  static std::byte const somewhere[kWorkspaceAlignment]{};
+  auto const view = [&](DataType t, auto const& shape) {
+    return ConstTensorView<std::tuple_size_v<std::decay_t<decltype(shape)>>>(&somewhere, t, shape);
+  };
+  DataType const score_dtype =
+      dtype == DataType::kFloat64 ? DataType::kFloat64 : DataType::kFloat32;
+  std::array<std::int64_t, 3> const row{k_shape[0], k_shape[1], k_shape[2]};
+  ConstSelectionView selection(view(DataType::kInt32, row));
+  std::optional<ConstTensorView<3>> scores;
+  if (options.origin == SelectionOrigin::kSelect) {
+    check_select_options(options.selection);
+    std::int64_t const chunk_size = std::min(options.selection.chunk_size, k_shape[2] + 1);
+    std::array<std::int64_t, 3> const chunks{k_shape[0], k_shape[1],
+                                             (k_shape[2] + chunk_size - 1) / chunk_size};
+    selection.threshold = view(score_dtype, chunks);
+  }
+  if (options.gate != Gate::kNone) scores = view(score_dtype, row);
+  return make_attend_problem(context, view(dtype, q_shape), view(dtype, k_shape),
+                             view(dtype, k_shape), scores, selection, std::nullopt, options,
+                             view(dtype, q_shape), std::nullopt);
+}
+
+}  // namespace
+
+void key_norm_scores(Context const& context, ConstTensorView<4> const& k,
+                     std::optional<ConstTensorView<1>> const& lengths,
+                     TensorView<3> const& scores) {
+  run_score(context, make_score_problem(context, k, lengths, scores));
+}
+
+void key_norm_scores_varlen(Context const& context, ConstTensorView<3> const& k,
+                            TensorView<2> const& scores) {
+  run_score(context, make_score_problem(context, k, scores));
+}
+
+void select(Context const& context, ConstTensorView<3> const& scores,
+            std::optional<ConstTensorView<1>> const& lengths, SelectOptions const& options,
+            SelectionView const& selection) {
+  run_select(context, make_select_problem(context, scores, lengths, options, selection));
+}
+
+void select_varlen(Context const& context, ConstTensorView<2> const& scores,
+                   ConstTensorView<1> const& cu_seqlens_k, SelectOptions const& options,
+                   PackedSelectionView const& selection) {
+  run_select(context, make_select_problem(context, scores, cu_seqlens_k, options, selection));
+}
+
+void attend(Context const& context, ConstTensorView<4> const& q, ConstTensorView<4> const& k,
+            ConstTensorView<4> const& v, std::optional<ConstTensorView<3>> const& scores,
+            ConstSelectionView const& selection, std::optional<ConstTensorView<1>> const& lengths,
+            AttendOptions const& options, TensorView<4> const& out,
+            std::optional<TensorView<3>> const& lse) {
+  run_attend(context,
+             make_attend_problem(context, q, k, v, scores, selection, lengths, options, out, lse));
+}
+
+void attend_varlen(Context const& context, ConstTensorView<3> const& q, ConstTensorView<3> const& k,
+                   ConstTensorView<3> const& v, std::optional<ConstTensorView<2>> const& scores,
+                   ConstPackedSelectionView const& selection,
+                   ConstTensorView<1> const& cu_seqlens_q, ConstTensorView<1> const& cu_seqlens_k,
+                   AttendOptions const& options, TensorView<3> const& out,
+                   std::optional<TensorView<2>> const& lse) {
+  run_attend(context, make_attend_problem(context, q, k, v, scores, selection, cu_seqlens_q,
+                                          cu_seqlens_k, options, out, lse));
+}
+
+void attend_backward(Context const& context, ConstTensorView<4> const& q,
+                     ConstTensorView<4> const& k, ConstTensorView<4> const& v,
+                     std::optional<ConstTensorView<3>> const& scores,
+                     ConstSelectionView const& selection,
+                     std::optional<ConstTensorView<1>> const& lengths, AttendOptions const& options,
+                     ConstTensorView<4> const& out, ConstTensorView<3> const& lse,
+                     ConstTensorView<4> const& dout, TensorView<4> const& dq,
+                     TensorView<4> const& dk, TensorView<4> const& dv,
+                     std::optional<TensorView<3>> const& dscores) {
+  AttendBackwardProblem const p = make_attend_backward_problem(
+      context, q, k, v, scores, selection, lengths, options, out, lse, dout, dq, dk, dv, dscores);
+  if (context.backend != Backend::kReference) {
+    throw Unsupported(
+        "attend_backward: no kernel for this backend yet; supported: the reference backend");
+  }
+  reference::attend_backward(p);
+}
+
+// --- workspace
+// -------------------------------------------------------------------------------------------------------
+
+namespace {
+
+std::size_t select_workspace_of([[maybe_unused]] Context const& context,
+                                [[maybe_unused]] SelectProblem const& p) {
+  if (context.device.type == DeviceType::kCpu) return 0;  // the CPU backend uses the heap
+  return dispatch(
+      context, [] { return std::size_t{0}; }, [] { return std::size_t{0}; },
+      SPARSEK_CUDA_CALL(select_workspace(context, p)));
+}
+
+SelectProblem shape_only_select(std::int64_t batch, std::int64_t heads, std::int64_t seq_len,
+                                SelectOptions const& options) {
+  check_select_options(options);
+  SelectProblem p{};
+  p.batch = batch, p.num_kv_heads = heads, p.seq_len = seq_len;
+  p.num_selected = std::min(options.num_selected, seq_len);
+  p.window = std::min(options.window, seq_len);
+  p.chunk_size = std::min(options.chunk_size, seq_len + 1);
+  p.num_candidates = std::min(resolved_num_candidates(options), seq_len);
+  p.num_chunks = (seq_len + p.chunk_size - 1) / p.chunk_size;
+  p.score_dtype = DataType::kFloat32;
+  return p;
+}
+
+}  // namespace
+
+std::size_t select_workspace_bytes(Context const& context, std::int64_t batch_size,
+                                   std::int64_t num_kv_heads, std::int64_t seq_len,
+                                   SelectOptions const& options) {
+  return select_workspace_of(context,
+                             shape_only_select(batch_size, num_kv_heads, seq_len, options));
+}
+
+std::size_t select_varlen_workspace_bytes(Context const& context, std::int64_t num_sequences,
+                                          std::int64_t num_kv_heads, std::int64_t total_k,
+                                          SelectOptions const& options) {
+  static std::int32_t const packed = 0;
+  SelectProblem p = shape_only_select(num_sequences, num_kv_heads, total_k, options);
+  p.num_chunks = total_k / p.chunk_size + num_sequences;
+  p.cu_seqlens_k = &packed;  // only whether it is there counts
+  return select_workspace_of(context, p);
+}
+
+std::size_t attend_workspace_bytes(Context const& context, DataType dtype,
+                                   std::array<std::int64_t, 4> const& q_shape,
+                                   std::array<std::int64_t, 4> const& k_shape,
+                                   AttendOptions const& options) {
+  AttendProblem const p = shape_only_problem(context, dtype, q_shape, k_shape, options);
+  if (context.device.type == DeviceType::kCpu) return 0;
+  return dispatch(
+      context, [] { return std::size_t{0}; }, [] { return std::size_t{0}; },
+      SPARSEK_CUDA_CALL(attend_workspace(context, p)));
+}
+
+std::size_t attend_varlen_workspace_bytes(Context const& context, DataType dtype,
+                                          std::int64_t num_sequences,
+                                          std::array<std::int64_t, 3> const& q_shape,
+                                          std::array<std::int64_t, 3> const& k_shape,
+                                          AttendOptions const& options) {
+  static std::int32_t const packed = 0;
+  AttendProblem p = shape_only_problem(context, dtype, {1, q_shape[1], q_shape[0], q_shape[2]},
+                                       {1, k_shape[1], k_shape[0], k_shape[2]}, options);
+  p.batch = num_sequences;
+  p.num_chunks = p.seq_len_k / p.chunk_size + num_sequences;
+  p.cu_seqlens_q = p.cu_seqlens_k = &packed;  // only whether they are there counts
+  if (context.device.type == DeviceType::kCpu) return 0;
+  return dispatch(
+      context, [] { return std::size_t{0}; }, [] { return std::size_t{0}; },
+      SPARSEK_CUDA_CALL(attend_workspace(context, p)));
+}
+
+// --- capability
+// ------------------------------------------------------------------------------------------------------
+
+Capability attend_capability(Context const& context, DataType dtype,
+                             std::array<std::int64_t, 4> const& q_shape,
+                             std::array<std::int64_t, 4> const& k_shape,
+                             AttendOptions const& options) {
+  try {
+    [[maybe_unused]] AttendProblem const p =
+        shape_only_problem(context, dtype, q_shape, k_shape, options);
+    return dispatch(
+        context, [] { return Capability{true, "reference", ""}; },
+        [] { return Capability{true, "cpu/" + cpu_isa(), ""}; },
+        [&]() -> Capability {
+#if SPARSEK_WITH_CUDA
+          Capability c;
+          c.kernel = cuda::attend_kernel_name(context, p, &c.reason);
+          c.supported = !c.kernel.empty();
+          return c;
+#else
+          return {};
+#endif
+        });
+  } catch (Error const& e) {
+    return {false, "", e.what()};
+  }
+}
+
+Capability attend_backward_capability(Context const& context, DataType dtype,
+                                      std::array<std::int64_t, 4> const& q_shape,
+                                      std::array<std::int64_t, 4> const& k_shape,
+                                      AttendOptions const& options) {
+  Capability forward = attend_capability(context, dtype, q_shape, k_shape, options);
+  if (!forward.supported || context.backend == Backend::kReference) return forward;
+  return {false, "", "no attend_backward kernel for this backend yet; supported: reference"};
+}
+
+bool built_with_cuda() { return SPARSEK_WITH_CUDA; }
+std::string cuda_architectures() { return SPARSEK_CUDA_ARCHITECTURES; }
+std::string version() { return SPARSEK_VERSION; }
+
+}  // namespace sparsek
