@@ -40,3 +40,7 @@ if ! { cmake --preset release "${options[@]}" ${SPARSEK_CMAKE_ARGS:-} && cmake -
   echo "build: failed; the whole log is in $log" >&2
   exit 1
 fi
+
+# Whoever runs .venv/bin/python imports the package from the build tree.
+site_packages=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+echo "$PWD/build/release/python" >"$site_packages/sparsek_build.pth"

@@ -64,7 +64,9 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     arguments = parser.parse_args()
     for path in arguments.files:
-        for requirement in missing(path.read_text().splitlines(), any_version=arguments.any_version):
+        for requirement in missing(
+            path.read_text().splitlines(), any_version=arguments.any_version
+        ):
             print(requirement)
 
 

@@ -1,0 +1,263 @@
+"""Times BlackwellSparseK's forward against PyTorch's SDPA and xFormers, and checks it. This is `make bench`.
+
+    python benchmarks/bench_forward.py                          the default configuration of this machine
+    python benchmarks/bench_forward.py --seq-len 16384 --dtype bfloat16
+    python benchmarks/bench_forward.py --sweep seq_len          a table and a plot
+    python benchmarks/bench_forward.py --peers all              on a GPU: FlexAttention, FlashAttention-3, ...
+
+Without a GPU: B=1 H=8 S=4096 D=128 in float32 and bfloat16. With one: the tier configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import accuracy
+import machine as machine_info
+import memory
+import peers
+import report
+import timing
+import torch
+from configuration import CPU_DEFAULT, CPU_DTYPES, DTYPES, TIER, Configuration, Inputs, make_inputs
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+_RESULTS = Path(__file__).parent / "results"
+_SWEEPS = {
+    "num_selected": (32, 64, 128, 256, 512, 1024),
+    "seq_len": (1024, 2048, 4096, 8192, 16384, 32768, 65536),
+}
+_CPU_MAX_SWEEP_SEQ_LEN = 16384
+# Time that the CPU's interleaved repetitions may take for one configuration when --iters is not given.
+_CPU_BUDGET_S = 20.0
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    shape = parser.add_argument_group("configuration (defaults: this machine's, see above)")
+    shape.add_argument("--batch", type=int)
+    shape.add_argument("--heads", type=int, help="query heads")
+    shape.add_argument("--kv-heads", type=int, help="KV heads (default: as many as query heads)")
+    shape.add_argument("--seq-len", type=int, help="keys per sequence")
+    shape.add_argument("--seq-len-q", type=int, help="queries, the last ones (default: all)")
+    shape.add_argument("--head-dim", type=int)
+    shape.add_argument("--num-selected", type=int, help="k")
+    shape.add_argument("--window", type=int, help="w")
+    shape.add_argument("--chunk-size", type=int, help="C")
+    shape.add_argument("--num-candidates", type=int, help="M (default: 4k)")
+    shape.add_argument("--gate", choices=("none", "value", "softmax"))
+    shape.add_argument("--dtype", choices=tuple(DTYPES), nargs="+")
+    shape.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    parser.add_argument(
+        "--iters",
+        type=int,
+        help="CPU: repetitions of each row (default: what fits in 20 s, 3 to 20); GPU: launches "
+        f"of the sustained protocol (default and least: {timing.MIN_SUSTAINED_LAUNCHES})",
+    )
+    parser.add_argument("--sweep", choices=tuple(_SWEEPS), help="vary one number; table and PNG")
+    parser.add_argument("--peers", choices=("default", "all"), default="default")
+    parser.add_argument("--pairs", type=int, default=4, help="(batch, head) pairs to check")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=_RESULTS / "latest.json", help="JSON file")
+    return parser.parse_args(argv)
+
+
+def configurations(arguments: argparse.Namespace, *, has_gpu: bool) -> list[Configuration]:
+    """The configurations of a run without a sweep: one per dtype."""
+    device = arguments.device or ("cuda" if has_gpu else "cpu")
+    base = TIER if device.startswith("cuda") else CPU_DEFAULT
+    dtypes = arguments.dtype or ((base.dtype,) if device.startswith("cuda") else CPU_DTYPES)
+    names = ("batch", "heads", "seq_len", "head_dim", "num_selected", "window", "chunk_size")
+    names += ("num_candidates", "gate")
+    given = {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}
+    heads = given.get("heads", base.heads)
+    given["kv_heads"] = arguments.kv_heads if arguments.kv_heads is not None else heads
+    given["seq_len_q"] = arguments.seq_len_q or given.get("seq_len", base.seq_len)
+    return [replace(base, device=device, dtype=dtype, **given) for dtype in dtypes]
+
+
+def sweep(configuration: Configuration, axis: str) -> list[Configuration]:
+    """The configuration with `axis` varied; over seq_len the number of tokens stays where it can."""
+    result = []
+    for value in _SWEEPS[axis]:
+        changes = {axis: value}
+        if axis == "seq_len":
+            if not configuration.is_cuda and value > _CPU_MAX_SWEEP_SEQ_LEN:
+                continue
+            tokens = configuration.batch * configuration.seq_len
+            changes |= {"seq_len_q": value, "batch": max(1, tokens // value)}
+            if not configuration.is_cuda:
+                changes["batch"] = configuration.batch
+        result.append(replace(configuration, **changes))
+    return result
+
+
+class Bench:
+    """Measures configurations one after another, with a progress bar in a terminal."""
+
+    def __init__(self, arguments: argparse.Namespace, console: Console):
+        self._arguments = arguments
+        self._console = console
+
+    @contextmanager
+    def _progress(self, description: str, steps: int):
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            task = progress.add_task(description, total=steps)
+            yield lambda: progress.advance(task)
+
+    def _prepare(
+        self, configuration: Configuration, inputs: Inputs
+    ) -> tuple[list[report.Row], dict[str, Callable[[], torch.Tensor]]]:
+        """The rows and, for those that run here, their calls. Each is called once and checked."""
+        from blackwell_sparsek import attention_forward, select
+
+        c = configuration
+
+        def ours() -> torch.Tensor:
+            return attention_forward(
+                inputs.q, inputs.k, inputs.v, inputs.scores, gate=c.gate, **c.selection()
+            )
+
+        pairs = accuracy.sample_pairs(c, self._arguments.pairs, self._arguments.seed)
+        chosen = [("sdpa", peers.SDPA), ("xformers", peers.XFORMERS)]
+        if self._arguments.peers == "all":
+            chosen += [(peer.name, peer) for peer in peers.FURTHER]
+        rows: list[report.Row] = []
+        calls: dict[str, Callable[[], torch.Tensor]] = {}
+        for key, peer in chosen:
+            row = report.Row(key, peer.name)
+            rows.append(row)
+            try:
+                call = peer.prepare(c, inputs)
+                row.peak_extra_bytes, out = _first_call(call, c.device)
+                if peer.dense:
+                    row.accuracy = accuracy.dense_accuracy(peer.to_bhsd(out), inputs, c, pairs)
+                calls[key] = call
+            except peers.UnavailableError as reason:
+                row.unavailable = str(reason)
+            except torch.OutOfMemoryError:
+                row.unavailable = "out of device memory"
+                torch.cuda.empty_cache()
+            except (RuntimeError, NotImplementedError, ValueError) as error:
+                # A peer that refuses this shape or device must not end the benchmark.
+                row.unavailable = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+
+        row = report.Row("sparsek", "BlackwellSparseK (learnable sparse)")
+        rows.insert(2, row)
+        row.peak_extra_bytes, out = _first_call(ours, c.device)
+        row.accuracy = accuracy.sparse_accuracy(out, inputs, c, pairs)
+        calls["sparsek"] = ours
+        calls["selection"] = lambda: select(inputs.scores, **c.selection())
+        return rows, calls
+
+    def _time(self, configuration: Configuration, calls: dict) -> tuple[dict, int]:
+        """Timings of all calls and the number of iterations behind them."""
+        if configuration.is_cuda:
+            iters = max(self._arguments.iters or 0, timing.MIN_SUSTAINED_LAUNCHES)
+            with self._progress("timing", 3 * len(calls)) as step:
+                return timing.time_cuda(calls, iters=iters, repetitions=3, on_step=step), iters
+        iters = self._arguments.iters
+        if iters is None:
+            start = time.perf_counter()
+            for call in calls.values():
+                call()
+            iters = min(20, max(3, round(_CPU_BUDGET_S / (time.perf_counter() - start))))
+        with self._progress("timing", iters * len(calls)) as step:
+            return timing.time_cpu(calls, iters=iters, on_step=step), iters
+
+    def measure(self, configuration: Configuration) -> tuple[list[report.Row], int]:
+        """All rows of one configuration, timed and checked."""
+        inputs = make_inputs(configuration, self._arguments.seed)
+        with torch.inference_mode():
+            rows, calls = self._prepare(configuration, inputs)
+            timings, iters = self._time(configuration, calls)
+            for row in rows:
+                row.timing = timings.get(row.key)
+            ours = next(row for row in rows if row.key == "sparsek")
+            selection_us = timings["selection"].us_per_iter
+            ours.details["selection_us"] = selection_us
+            ours.details["selection_share"] = selection_us / ours.timing.us_per_iter
+            if configuration.is_cuda:
+                ours.details["host_us"] = timing.host_us(calls["sparsek"])
+        return rows, iters
+
+    def show(self, configuration: Configuration, rows: list[report.Row]) -> None:
+        lines = []
+        for index, row in enumerate(rows):
+            number = f"[{index + 1}/3]" if index < 3 else "[more]"
+            lines += report.row_lines(number, row, configuration)
+        by_key = {row.key: row for row in rows}
+        lines += ["", *report.tier_lines(by_key["sparsek"], by_key["sdpa"], configuration), ""]
+        lines += ["CORRECTNESS (against fp64)"]
+        lines += [report.accuracy_line(row) for row in rows if row.accuracy]
+        print("\n".join(lines), end="\n\n", flush=True)
+
+
+def _first_call(call: Callable[[], torch.Tensor], device: str) -> tuple[int | None, torch.Tensor]:
+    """The peak of memory of a call after one warm-up call, and the output."""
+    out = call()
+    del out
+    peak = memory.peak_extra_bytes(call, device)
+    return peak, call()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    chosen = configurations(arguments, has_gpu=torch.cuda.is_available())
+    if arguments.sweep:
+        chosen = [c for configuration in chosen for c in sweep(configuration, arguments.sweep)]
+    machine = machine_info.describe(chosen[0].device)
+    print("BlackwellSparseK forward benchmark")
+    print(f"  machine   {machine_info.headline(machine)}")
+    print(
+        f"  versions  blackwell_sparsek {machine['blackwell_sparsek']} ({machine['git_revision']}), "
+        f"torch {machine['torch']}, Python {machine['python']}"
+    )
+    print("  protocol  ", end="")
+    if chosen[0].is_cuda:
+        print(
+            f"CUDA events; sustained: second half of ≥ {timing.MIN_SUSTAINED_LAUNCHES} launches without a "
+            f"pause; first: {timing.FIRST_LAUNCHES} launches after {timing.PAUSE_S} s; medians; rows take turns"
+        )
+    else:
+        print("wall clock; median of repetitions, rows take turns; selection time included")
+
+    bench = Bench(arguments, Console())
+    document = {"machine": machine, "sweep": arguments.sweep, "runs": []}
+    passed = True
+    for configuration in chosen:
+        print(f"\n== {configuration.describe()} on {configuration.device}", flush=True)
+        rows, iters = bench.measure(configuration)
+        bench.show(configuration, rows)
+        document["runs"].append(report.run_dict(configuration, rows, iters))
+        passed &= all(row.accuracy.passed for row in rows if row.key == "sparsek")
+        report.write_json(
+            arguments.output, document
+        )  # after each run: an interrupted sweep keeps its part
+        if configuration.is_cuda:
+            torch.cuda.empty_cache()
+
+    if arguments.sweep:
+        print(f"SWEEP over {arguments.sweep}")
+        print("\n".join(report.sweep_table(arguments.sweep, document["runs"])))
+        plot = arguments.output.with_name(f"{arguments.output.stem}_{arguments.sweep}.png")
+        report.plot_sweep(plot, arguments.sweep, document["runs"], chosen[0].describe())
+        print(f"plot: {plot}")
+    print(f"results: {arguments.output}")
+    if not passed:
+        print("FAILED: an output differs from the fp64 reference by more than the tolerance")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
