@@ -2,11 +2,11 @@
 // Plain pointers, sizes and strides (in elements); a backend checks nothing again.
 //
 // One form serves dense batches and packed sequences. Sequence b (0 ... batch - 1) has
-//   dense:   keys    [0, seq_len_k) at stride_<tensor>_batch * b, queries likewise, lengths[b]
-//   optional; packed:  keys    cu_seqlens_k[b] ... cu_seqlens_k[b + 1], at stride_<tensor>_position
-//   * cu_seqlens_k[b]; stride_*_batch is 0.
-// Selection rows: dense [B, Hkv, Sk] and [B, Hkv, num_chunks]; packed [Hkv, total_k] and [Hkv,
-// num_chunks], where sequence b's first key is cu_seqlens_k[b] and its first chunk is
+//   dense:   keys [0, seq_len_k) at stride_<tensor>_batch * b, queries likewise, lengths[b] optional;
+//   packed:  keys cu_seqlens_k[b] ... cu_seqlens_k[b + 1], at
+//            stride_<tensor>_position * cu_seqlens_k[b]; stride_*_batch is 0.
+// Selection rows: dense [B, Hkv, Sk] and [B, Hkv, num_chunks]; packed [Hkv, total_k] and
+// [Hkv, num_chunks], where sequence b's first key is cu_seqlens_k[b] and its first chunk is
 // cu_seqlens_k[b] / chunk_size + b (rows of different sequences never overlap).
 #pragma once
 #include <cstdint>

@@ -33,16 +33,18 @@ struct AttendOptions {
   std::optional<std::int64_t> max_keys_per_tile{};
 };
 
-// q        [B, Hq, Sq, D]; k, v [B, Hkv, Sk, D]: one dtype, any strides with a contiguous last
-// dimension, Hq % Hkv == 0.
-//          Queries are the last Sq positions: row r has position Sk - Sq + r. Query head h reads KV
-//          head h / (Hq / Hkv).
-// scores   float32 [B, Hkv, Sk], the scores that the selection was made from; may be none with
-// Gate::kNone selection  as select wrote it, or any expiry (with Gate::kNone) lengths  int32 [B] or
-// none: keys and queries at positions >= lengths[b] do not exist (their memory is not read) out
-// like q, out. A row that sees no key is 0. lse      float32 [B, Hq, Sq] out or none, contiguous:
-// natural log of the sum of the weights that p normalises; -inf
-//          where a row sees no key (float64 on the reference backend where q is float64)
+// q          [B, Hq, Sq, D]; k, v [B, Hkv, Sk, D]: one dtype, any strides with a contiguous last
+//            dimension, Hq % Hkv == 0. Queries are the last Sq positions: row r has position
+//            Sk - Sq + r. Query head h reads KV head h / (Hq / Hkv).
+// scores     float32 [B, Hkv, Sk], the scores that the selection was made from; may be none with
+//            Gate::kNone
+// selection  as select wrote it, or any expiry (with Gate::kNone)
+// lengths    int32 [B] or none: keys and queries at positions >= lengths[b] do not exist (their
+//            memory is not read)
+// out        like q, out. A row that sees no key is 0.
+// lse        float32 [B, Hq, Sq] out or none, contiguous: natural log of the sum of the weights
+//            that p normalises; -inf where a row sees no key (float64 on the reference backend where
+//            q is float64)
 //
 // Throws InvalidArgument on a wrong shape, dtype or value, Unsupported where no kernel serves the
 // request. Deterministic: two calls give the same bits.
@@ -63,9 +65,12 @@ std::size_t attend_workspace_bytes(Context const& context, DataType dtype,
 // cu_seqlens_k[b] ... cu_seqlens_k[b + 1] - 1. Equals one attend per sequence.
 //
 // q, out        [total_q, Hq, D]; k, v [total_k, Hkv, D], any strides with a contiguous last
-// dimension scores        float32 [total_k, Hkv]; may be none with Gate::kNone selection     as
-// select_varlen wrote it cu_seqlens_*  int32 [N + 1], on q's device: first 0, never falling, last
-// total_*; no more queries than keys lse           float32 [total_q, Hq] out or none, contiguous
+//               dimension
+// scores        float32 [total_k, Hkv]; may be none with Gate::kNone
+// selection     as select_varlen wrote it
+// cu_seqlens_*  int32 [N + 1], on q's device: first 0, never falling, last total_*; no more queries
+//               than keys
+// lse           float32 [total_q, Hq] out or none, contiguous
 void attend_varlen(Context const& context, ConstTensorView<3> const& q, ConstTensorView<3> const& k,
                    ConstTensorView<3> const& v, std::optional<ConstTensorView<2>> const& scores,
                    ConstPackedSelectionView const& selection,

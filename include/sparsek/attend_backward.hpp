@@ -16,8 +16,11 @@ namespace sparsek {
 // up.
 //
 // q, k, v, scores, selection, lengths, options  as attend took them (selection.last_candidate is
-// needed for dscores) out, lse    as attend wrote them dout        like q: the gradient of the loss
-// in out dq, dk, dv  out: like q, k, v dscores     float32 [B, Hkv, Sk] out or none, contiguous
+//                                               needed for dscores)
+// out, lse    as attend wrote them
+// dout        like q: the gradient of the loss in out
+// dq, dk, dv  out: like q, k, v
+// dscores     float32 [B, Hkv, Sk] out or none, contiguous
 //
 // Throws as attend does.
 void attend_backward(Context const& context, ConstTensorView<4> const& q,

@@ -20,7 +20,8 @@ struct Device {
 //   kReference  the fp64 specification (host memory, slow, any float dtype)
 //   kCpu        the threaded, vectorised CPU kernels
 //   kPortable   the CUDA kernels that run on every architecture (sm_80 and later), also where a
-//   faster one exists kSm90       the Hopper kernels; Unsupported where they do not apply
+//               faster one exists
+//   kSm90       the Hopper kernels; Unsupported where they do not apply
 enum class Backend : std::uint8_t { kAuto, kReference, kCpu, kPortable, kSm90 };
 
 // Scratch memory of one call, on the context's device. `allocate` returns at least `bytes` bytes

@@ -80,15 +80,15 @@ std::size_t select_workspace_bytes(Context const& context, std::int64_t batch_si
                                    std::int64_t num_kv_heads, std::int64_t seq_len,
                                    SelectOptions const& options);
 
-// Packed sequences of different lengths: sequence b has the keys cu_seqlens_k[b] ... cu_seqlens_k[b
-// + 1] - 1; positions and chunks count from its own first key. Equals one select per sequence.
+// Packed sequences of different lengths: sequence b has the keys cu_seqlens_k[b] ...
+// cu_seqlens_k[b + 1] - 1; positions and chunks count from its own first key. Equals one select per sequence.
 //
 // scores        float32 [total_k, Hkv], any strides
 // cu_seqlens_k  int32 [N + 1], on the scores' device: first 0, never falling, last total_k
 // selection     expiry int32 [Hkv, total_k] (positions within the sequence); threshold and
-// last_candidate
-//               [Hkv, total_k / C + N] (integer division), where chunk c of sequence b is column
-//               cu_seqlens_k[b] / C + b + c. Columns of no chunk are not written.
+//               last_candidate [Hkv, total_k / C + N] (integer division), where chunk c of
+//               sequence b is column cu_seqlens_k[b] / C + b + c. Columns of no chunk are not
+//               written.
 void select_varlen(Context const& context, ConstTensorView<2> const& scores,
                    ConstTensorView<1> const& cu_seqlens_k, SelectOptions const& options,
                    PackedSelectionView const& selection);
