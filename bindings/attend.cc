@@ -1,0 +1,78 @@
+// Stage 3, attend.
+#include "sparsek/attend.hpp"
+
+#include <nanobind/stl/array.h>
+
+#include "arguments.hpp"
+
+namespace sparsek::bindings {
+
+void define_attend(nb::module_& module) {
+  module.def(
+      "attend",
+      [](Call const& call, ConstTensorView<4> const& q, ConstTensorView<4> const& k,
+         ConstTensorView<4> const& v, std::optional<ConstTensorView<3>> const& scores,
+         ConstTensorView<3> const& expiry, std::optional<ConstTensorView<3>> const& threshold,
+         std::optional<ConstTensorView<1>> const& lengths, std::int64_t num_selected,
+         std::int64_t window, std::int64_t chunk_size, std::optional<std::int64_t> num_candidates,
+         bool is_foreign, std::optional<std::int64_t> max_keys_per_tile, int gate,
+         std::optional<double> sm_scale, TensorView<4> const& out,
+         std::optional<TensorView<3>> const& lse) {
+        ConstSelectionView selection(expiry);
+        selection.threshold = threshold;
+        AttendOptions const options{static_cast<Gate>(gate),
+                                    sm_scale,
+                                    {num_selected, window, chunk_size, num_candidates},
+                                    origin_of(is_foreign),
+                                    max_keys_per_tile};
+        run(call, [&](Context const& context) {
+          attend(context, q, k, v, scores, selection, lengths, options, out, lse);
+        });
+      });
+  module.def(
+      "attend_workspace_bytes",
+      [](Call const& call, int dtype, std::array<std::int64_t, 4> const& q_shape,
+         std::array<std::int64_t, 4> const& k_shape, std::int64_t num_selected, std::int64_t window,
+         std::int64_t chunk_size, std::optional<std::int64_t> num_candidates, bool is_foreign,
+         std::optional<std::int64_t> max_keys_per_tile, int gate) {
+        AttendOptions const options{static_cast<Gate>(gate),
+                                    std::nullopt,
+                                    {num_selected, window, chunk_size, num_candidates},
+                                    origin_of(is_foreign),
+                                    max_keys_per_tile};
+        return attend_workspace_bytes(call.context, static_cast<DataType>(dtype), q_shape, k_shape,
+                                      options);
+      });
+  module.def(
+      "attend_varlen",
+      [](Call const& call, ConstTensorView<3> const& q, ConstTensorView<3> const& k,
+         ConstTensorView<3> const& v, std::optional<ConstTensorView<2>> const& scores,
+         ConstTensorView<2> const& expiry, std::optional<ConstTensorView<2>> const& threshold,
+         ConstTensorView<1> const& cu_seqlens_q, ConstTensorView<1> const& cu_seqlens_k,
+         std::int64_t num_selected, std::int64_t window, std::int64_t chunk_size,
+         std::optional<std::int64_t> num_candidates, int gate, std::optional<double> sm_scale,
+         TensorView<3> const& out, std::optional<TensorView<2>> const& lse) {
+        ConstPackedSelectionView selection(expiry);
+        selection.threshold = threshold;
+        AttendOptions const options{
+            static_cast<Gate>(gate), sm_scale, {num_selected, window, chunk_size, num_candidates}};
+        run(call, [&](Context const& context) {
+          attend_varlen(context, q, k, v, scores, selection, cu_seqlens_q, cu_seqlens_k, options,
+                        out, lse);
+        });
+      });
+  module.def(
+      "attend_varlen_workspace_bytes",
+      [](Call const& call, int dtype, std::int64_t num_sequences,
+         std::array<std::int64_t, 3> const& q_shape, std::array<std::int64_t, 3> const& k_shape,
+         std::int64_t num_selected, std::int64_t window, std::int64_t chunk_size,
+         std::optional<std::int64_t> num_candidates, int gate) {
+        AttendOptions const options{static_cast<Gate>(gate),
+                                    std::nullopt,
+                                    {num_selected, window, chunk_size, num_candidates}};
+        return attend_varlen_workspace_bytes(call.context, static_cast<DataType>(dtype),
+                                             num_sequences, q_shape, k_shape, options);
+      });
+}
+
+}  // namespace sparsek::bindings
