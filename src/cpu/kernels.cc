@@ -1,0 +1,65 @@
+// The CPU kernels. Compiled once per instruction set, with SPARSEK_CPU_ISA naming the namespace (CMakeLists.txt).
+#include "cpu/kernels.hpp"
+
+#include <math.h>
+
+#include "cpu/attend_tile.hpp"
+#include "cpu/elements.hpp"
+
+namespace sparsek::cpu::SPARSEK_CPU_ISA {
+namespace {
+
+void attend(AttendTile const& tile) {
+  switch (tile.dtype) {
+    case DataType::kFloat32:
+      return TileKernel<FloatWords, float>(tile).run();
+    case DataType::kFloat16:
+      return TileKernel<FloatWords, Fp16>(tile).run();
+    default:
+#if defined(__AVX512BF16__)
+      return TileKernel<Bf16Words, Bf16>(tile).run();
+#else
+      return TileKernel<FloatWords, Bf16>(tile).run();
+#endif
+  }
+}
+
+size_t attend_workspace(int64_t head_dim, int64_t num_rows) {
+  return make_scratch(nullptr, head_dim, num_rows).bytes;
+}
+
+template <typename Element>
+float negative_norm(Element const* row, int64_t head_dim) {
+  VecF sums{};
+  for (int64_t d = 0; d < head_dim; d += kLanes) {
+    VecF const x = load_floats(row + d, head_dim - d);
+    sums += x * x;
+  }
+  float sum = 0.0F;
+  for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
+  return -sqrtf(sum);
+}
+
+void negative_norms(DataType dtype, void const* k, int64_t stride_k, int64_t num_keys,
+                    int64_t head_dim, float* scores, int64_t stride_scores) {
+  auto const run = [&](auto const* rows) {
+    for (int64_t j = 0; j < num_keys; ++j) {
+      scores[j * stride_scores] = negative_norm(rows + j * stride_k, head_dim);
+    }
+  };
+  switch (dtype) {
+    case DataType::kFloat32:
+      return run(static_cast<float const*>(k));
+    case DataType::kFloat16:
+      return run(static_cast<Fp16 const*>(k));
+    default:
+      return run(static_cast<Bf16 const*>(k));
+  }
+}
+
+}  // namespace
+
+extern KernelTable const kTable;
+KernelTable const kTable{attend, attend_workspace, negative_norms};
+
+}  // namespace sparsek::cpu::SPARSEK_CPU_ISA

@@ -1,0 +1,53 @@
+// The kernels that are compiled once per instruction set, as a table of functions. Plain data only: the translation units
+// behind it share no inline function with the rest of the library.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/isa.hpp"
+#include "sparsek/attend.hpp"
+#include "sparsek/tensor.hpp"
+
+namespace sparsek::cpu {
+
+// Attention of some query rows, all of one KV head, over a list of that head's keys. Row r sees key j of the list if
+// j <= position[r] < expiry[j]. Strides count elements.
+struct AttendTile {
+  DataType dtype;  // q, k, v, out
+  std::int64_t head_dim;
+  Gate gate;
+  float sm_scale;
+
+  std::int64_t num_rows;
+  void const* const* q;          // [num_rows] -> [head_dim]
+  void* const* out;              // [num_rows] -> [head_dim]
+  float* const* lse;             // [num_rows] -> one float; null: not wanted
+  std::int32_t const* position;  // [num_rows], never falling within a run of rows of one head
+  float const* threshold;        // [num_rows]; only read with a gate
+  std::int32_t const* pool_end;  // [num_rows]; keys at positions >= pool_end[r] have gate 1
+
+  std::int64_t num_keys;
+  std::int32_t const* keys;  // [num_keys], ascending positions; what follows is indexed by position
+  std::int32_t const* expiry;
+  float const* scores;  // only read with a gate
+  std::int64_t stride_scores;
+  void const *k, *v;
+  std::int64_t stride_k, stride_v;
+
+  std::byte* workspace;  // attend_workspace(head_dim, num_rows) bytes, aligned to kTileAlignment
+};
+
+inline constexpr std::size_t kTileAlignment = 64;
+
+struct KernelTable {
+  void (*attend)(AttendTile const& tile);
+  std::size_t (*attend_workspace)(std::int64_t head_dim, std::int64_t num_rows);
+  // scores[j * stride_scores] = -||k_j||_2 for j < num_keys.
+  void (*negative_norms)(DataType dtype, void const* k, std::int64_t stride_k,
+                         std::int64_t num_keys, std::int64_t head_dim, float* scores,
+                         std::int64_t stride_scores);
+};
+
+KernelTable const& kernels(Isa isa);
+
+}  // namespace sparsek::cpu
