@@ -3,8 +3,8 @@
     python missing_packages.py [--any-version] requirements.txt ...
 
 With --any-version an installed package counts whatever its version: that is how an interpreter
-which brings its own torch is used. There the build tools cmake and ninja count also as programs on
-PATH. A local version label (2.13.0+cpu) matches its public version, as in pip.
+which brings its own torch is used. There the build tools cmake and ninja count as programs on PATH.
+A local version label (2.13.0+cpu) matches its public version, as in pip.
 """
 
 import argparse
@@ -49,8 +49,10 @@ def missing(
             version = installed(match["name"])
         except importlib.metadata.PackageNotFoundError:
             version = None
-        if any_version:
-            met = version is not None or (match["name"] in _PROGRAMS and which(match["name"]))
+        if any_version and match["name"] in _PROGRAMS:
+            met = which(match["name"]) is not None
+        elif any_version:
+            met = version is not None
         else:
             met = version is not None and version.split("+")[0] == match["version"]
         if not met:

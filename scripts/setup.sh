@@ -11,6 +11,7 @@
 # requirements.txt is installed as pinned.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH"
 python=${PYTHON:-python3}
 venv_python=.venv/bin/python
 
@@ -73,6 +74,11 @@ print(os.path.dirname(os.path.dirname(torch.__file__)))' 2>/dev/null || true)
   if ! $venv_python -c 'import torch' 2>/dev/null; then
     echo "$torch_folder" >"$($venv_python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_from.pth"
   fi
+  local tool folder
+  folder=$("$python" -c 'import os, sys; print(os.path.dirname(sys.executable))')
+  for tool in cmake ctest ninja; do
+    if [ -x "$folder/$tool" ]; then ln -s "$folder/$tool" .venv/bin/; fi
+  done
   touch .venv/adopted
 }
 
@@ -85,7 +91,7 @@ install_python_packages() {
   mapfile -t missing < <($venv_python scripts/missing_packages.py "${options[@]}" "${files[@]}")
   if [ ${#missing[@]} -eq 0 ]; then return; fi
   say "installing ${missing[*]}"
-  if ! $venv_python -m pip install --quiet --disable-pip-version-check "${missing[@]}"; then
+  if ! $venv_python -m pip install -qq --disable-pip-version-check "${missing[@]}"; then
     say "pip could not install: ${missing[*]}" >&2
     say "without a network, point PIP_FIND_LINKS at a folder that holds these wheels and set PIP_NO_INDEX=1" >&2
     exit 1
