@@ -119,7 +119,7 @@ class Bench:
         self, configuration: Configuration, inputs: Inputs
     ) -> tuple[list[report.Row], dict[str, Callable[[], torch.Tensor]]]:
         """The rows and, for those that run here, their calls. Each is called once and checked."""
-        from blackwell_sparsek import attention_forward, select
+        from blackwell_sparsek import attention_forward, capability, select
 
         c = configuration
 
@@ -154,6 +154,14 @@ class Bench:
 
         row = report.Row("sparsek", "BlackwellSparseK (learnable sparse)")
         rows.insert(2, row)
+        row.details["kernel"] = capability(
+            inputs.q.shape,
+            inputs.k.shape,
+            dtype=c.torch_dtype,
+            device=c.device,
+            gate=c.gate,
+            **c.selection(),
+        ).kernel
         row.peak_extra_bytes, out = _first_call(ours, c.device)
         row.accuracy = accuracy.sparse_accuracy(out, inputs, c, pairs)
         calls["sparsek"] = ours

@@ -34,10 +34,17 @@ def _transposed(out: torch.Tensor) -> torch.Tensor:
     return out.transpose(1, 2)
 
 
-def _bshd(inputs: Inputs, configuration: Configuration) -> tuple[torch.Tensor, ...]:
-    """q, k, v as [B, S, H, D] in memory, KV heads repeated for libraries without grouped heads."""
+def _repeated_heads(inputs: Inputs, configuration: Configuration) -> tuple[torch.Tensor, ...]:
+    """k and v with as many heads as q, for libraries without grouped heads."""
     group = configuration.heads // configuration.kv_heads
-    k, v = (t.repeat_interleave(group, dim=1) for t in (inputs.k, inputs.v))
+    if group == 1:
+        return inputs.k, inputs.v
+    return tuple(t.repeat_interleave(group, dim=1) for t in (inputs.k, inputs.v))
+
+
+def _bshd(inputs: Inputs, configuration: Configuration) -> tuple[torch.Tensor, ...]:
+    """q, k, v as [B, S, H, D] in memory, KV heads repeated."""
+    k, v = _repeated_heads(inputs, configuration)
     return tuple(t.transpose(1, 2).contiguous() for t in (inputs.q, k, v))
 
 
@@ -52,13 +59,13 @@ def _prepare_sdpa(configuration: Configuration, inputs: Inputs) -> Callable[[], 
         return lambda: F.scaled_dot_product_attention(
             inputs.q, inputs.k, inputs.v, is_causal=True, enable_gqa=gqa
         )
-    # is_causal aligns with the first keys; ours, like decoding, with the last.
+    # is_causal aligns with the first keys; ours, like decoding, with the last. That mask has no form
+    # for grouped heads, so the KV heads are repeated beforehand.
     from torch.nn.attention.bias import causal_lower_right
 
-    if gqa:
-        raise UnavailableError("SDPA has no bottom-right causal mask with grouped heads")
     bias = causal_lower_right(configuration.seq_len_q, configuration.seq_len)
-    return lambda: F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, attn_mask=bias)
+    k, v = _repeated_heads(inputs, configuration)
+    return lambda: F.scaled_dot_product_attention(inputs.q, k, v, attn_mask=bias)
 
 
 def _sdpa_backend(backend: SDPBackend):

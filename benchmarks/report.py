@@ -94,6 +94,8 @@ def row_lines(number: str, row: Row, configuration: Configuration) -> list[str]:
         f"      {configuration.us_per_head(t.us_per_iter):,.3f} µs/head; "
         f"peak extra memory, output included: {format_bytes(row.peak_extra_bytes)}"
     )
+    if "kernel" in row.details:
+        lines.append(f"      kernel: {row.details['kernel']}")
     if "selection_share" in row.details:
         lines.append(
             f"      of it selection: {format_us(row.details['selection_us'])} µs "
@@ -125,7 +127,7 @@ def tier_lines(sparse: Row, dense: Row, configuration: Configuration) -> list[st
             f"  speedup           {dense_us / us:.2f}x",
         ]
     lines.append(
-        f"  µs/head           {per_head:.3f} (µs/iter ÷ (B·H) = ÷ {pairs}; one head of one batch row)"
+        f"  µs/head           {per_head:,.3f} (µs/iter ÷ (B·H) = ÷ {pairs}; one head of one batch row)"
     )
     if configuration.is_tier_configuration():
         tier = highest_tier(per_head)
@@ -136,7 +138,7 @@ def tier_lines(sparse: Row, dense: Row, configuration: Configuration) -> list[st
         lines.append(
             "  tier              not judged here: tiers are defined on a GPU at "
             f"B={TIER.batch} H={TIER.heads} S={TIER.seq_len} D={TIER.head_dim} {TIER.dtype}, "
-            f"k={TIER.num_selected} w={TIER.window} C={TIER.chunk_size}; the speedup above is what counts"
+            f"k={TIER.num_selected} w={TIER.window} C={TIER.chunk_size}; elsewhere the speedup counts"
         )
     return lines
 
@@ -162,11 +164,14 @@ def run_dict(configuration: Configuration, rows: list[Row], iters: int) -> dict:
 
 def sweep_table(axis: str, runs: list[dict]) -> list[str]:
     """A table of µs/head over one axis of the configuration."""
-    lines = [f"  {axis:>12}  {'SparseK µs/head':>16}  {'SDPA µs/head':>14}  {'speedup':>8}  passed"]
+    lines = [
+        f"  {'dtype':<8}  {axis:>12}  {'SparseK µs/head':>16}  {'SDPA µs/head':>14}  {'speedup':>8}  passed"
+    ]
     for run in runs:
         rows = run["rows"]
         sdpa = rows["sdpa"].get("us_per_head")
         cells = [
+            f"{run['configuration']['dtype']:<8}",
             f"{run['configuration'][axis]:>12}",
             f"{rows['sparsek']['us_per_head']:>16,.3f}",
             f"{sdpa:>14,.3f}" if sdpa is not None else f"{'-':>14}",

@@ -269,9 +269,12 @@ def test_peers_say_why_they_cannot_run():
                 peer.prepare(c, inputs)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("seq_len_q", [32, 8])
-def test_sdpa_is_causal_from_the_last_query(seq_len_q):
-    c = replace(CPU_DEFAULT, seq_len=32, seq_len_q=seq_len_q, heads=2, kv_heads=2, head_dim=16)
+def test_sdpa_is_causal_from_the_last_query(seq_len_q, kv_heads):
+    c = replace(
+        CPU_DEFAULT, seq_len=32, seq_len_q=seq_len_q, heads=2, kv_heads=kv_heads, head_dim=16
+    )
     inputs = make_inputs(c, 0)
     out = peers.SDPA.prepare(c, inputs)()
     assert accuracy.dense_accuracy(out, inputs, c, [(0, 0), (0, 1)]).passed
