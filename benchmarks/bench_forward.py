@@ -259,7 +259,10 @@ def main() -> int:
         print(f"SWEEP over {arguments.sweep}")
         print("\n".join(report.sweep_table(arguments.sweep, document["runs"])))
         plot = arguments.output.with_name(f"{arguments.output.stem}_{arguments.sweep}.png")
-        report.plot_sweep(plot, arguments.sweep, document["runs"], chosen[0].describe())
+        # Over seq_len the batch shrinks so that the number of tokens stays.
+        varied = ("dtype", arguments.sweep) + (("batch",) if arguments.sweep == "seq_len" else ())
+        title = f"{chosen[0].describe(without=varied)}\n{machine_info.headline(machine)}"
+        report.plot_sweep(plot, arguments.sweep, document["runs"], title)
         print(f"plot: {plot}")
     print(f"results: {arguments.output}")
     if not passed:

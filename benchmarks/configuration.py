@@ -60,18 +60,25 @@ class Configuration:
         """Whether the tiers are defined for this configuration: it is TIER, on a GPU."""
         return self.is_cuda and replace(self, device=TIER.device) == TIER
 
-    def describe(self) -> str:
-        heads = (
-            f"H={self.heads}"
-            if self.heads == self.kv_heads
-            else f"Hq={self.heads} Hkv={self.kv_heads}"
-        )
-        queries = "" if self.seq_len_q == self.seq_len else f" Sq={self.seq_len_q}"
-        candidates = "4k" if self.num_candidates is None else str(self.num_candidates)
-        return (
-            f"B={self.batch} {heads} S={self.seq_len}{queries} D={self.head_dim} {self.dtype} causal | "
-            f"k={self.num_selected} w={self.window} C={self.chunk_size} M={candidates} gate={self.gate}"
-        )
+    def describe(self, without: tuple[str, ...] = ()) -> str:
+        """One line; `without` leaves fields out, e.g. the one that a sweep varies."""
+        parts = {
+            "batch": f"B={self.batch}",
+            "heads": f"H={self.heads}",
+            "seq_len": f"S={self.seq_len}",
+            "head_dim": f"D={self.head_dim}",
+            "dtype": self.dtype,
+            "num_selected": f"k={self.num_selected}",
+            "window": f"w={self.window}",
+            "chunk_size": f"C={self.chunk_size}",
+            "num_candidates": f"M={'4k' if self.num_candidates is None else self.num_candidates}",
+            "gate": f"gate={self.gate}",
+        }
+        if self.heads != self.kv_heads:
+            parts["heads"] = f"Hq={self.heads} Hkv={self.kv_heads}"
+        if self.seq_len_q != self.seq_len:
+            parts["seq_len"] += f" Sq={self.seq_len_q}"
+        return " ".join(text for name, text in parts.items() if name not in without)
 
     def to_dict(self) -> dict:
         return asdict(self)

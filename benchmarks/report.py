@@ -193,6 +193,7 @@ def plot_sweep(path: Path, axis: str, runs: list[dict], title: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for dtype in dict.fromkeys(run["configuration"]["dtype"] for run in runs):
@@ -209,6 +210,8 @@ def plot_sweep(path: Path, axis: str, runs: list[dict], title: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(values, [f"{value:,}" for value in values])
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,g}")
     axes.minorticks_off()
     axes.set_xlabel({"num_selected": "selected keys k", "seq_len": "sequence length S"}[axis])
     axes.set_ylabel("µs per (batch, head), lower is better")

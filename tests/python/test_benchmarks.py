@@ -77,6 +77,14 @@ def test_sweep_over_num_selected():
     assert all(c.seq_len == CPU_DEFAULT.seq_len for c in swept)
 
 
+def test_description_leaves_out_what_varies():
+    assert TIER.describe(without=("dtype", "num_selected")) == (
+        "B=16 H=96 S=4096 D=128 w=128 C=128 M=4k gate=softmax"
+    )
+    c = replace(CPU_DEFAULT, heads=8, kv_heads=2, seq_len_q=1)
+    assert "Hq=8 Hkv=2 S=4096 Sq=1" in c.describe()
+
+
 def test_inputs_depend_on_the_seed_alone():
     c = replace(CPU_DEFAULT, seq_len=16, seq_len_q=16, heads=2, kv_heads=1)
     a, b, other = make_inputs(c, 1), make_inputs(c, 1), make_inputs(c, 2)
