@@ -47,12 +47,13 @@ def sparsek_by_sorting(z: Tensor, k: int) -> Tensor:
     ascending = z.double().sort(dim=-1).values.contiguous()
     # sums[i] is the sum of the i smallest.
     sums = torch.nn.functional.pad(ascending.cumsum(dim=-1), (1, 0))
-    kinks = torch.cat([ascending, ascending - 1], dim=-1)
+    saturates = ascending - 1  # at and below these, a score contributes 1
+    kinks = torch.cat([ascending, saturates], dim=-1)
 
     def line_at(tau: Tensor) -> tuple[Tensor, Tensor]:
         """(constant, slope) with f = constant - slope * t for t from tau to the next kink."""
         zeros = torch.searchsorted(ascending, tau, right=True)
-        not_ones = torch.searchsorted(ascending, tau + 1, right=True)
+        not_ones = torch.searchsorted(saturates, tau, right=True)
         slope = not_ones - zeros
         constant = (num_scores - not_ones) + sums.gather(-1, not_ones) - sums.gather(-1, zeros)
         return constant, slope
