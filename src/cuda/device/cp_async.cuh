@@ -1,0 +1,33 @@
+// Asynchronous copies from global to shared memory by single threads (sm_80 and later).
+#pragma once
+#include <cstdint>
+
+namespace sparsek::cuda::device {
+
+// Address of a shared-memory object in the shared window, as PTX wants it.
+__device__ __forceinline__ std::uint32_t shared_address(void const* pointer) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Copies 16 bytes past L1, or writes zeros and reads nothing where `valid` is false. Both addresses are multiples of 16.
+__device__ __forceinline__ void cp_async_16(std::uint32_t destination, void const* source,
+                                            bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// Copies 4 bytes, or writes zeros and reads nothing where `valid` is false. Both addresses are multiples of 4.
+__device__ __forceinline__ void cp_async_4(std::uint32_t destination, void const* source,
+                                           bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source),
+               "r"(valid ? 4 : 0)
+               : "memory");
+}
+
+// Waits for all of this thread's copies. A barrier has to follow before other threads read them.
+__device__ __forceinline__ void cp_async_wait_all() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+}  // namespace sparsek::cuda::device
