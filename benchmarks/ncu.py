@@ -13,14 +13,14 @@ METRICS = {
     "warps": "sm__warps_active.avg.pct_of_peak_sustained_active",
     "dram": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "l2": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
-    "tensor": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+    "tensor": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed",
     "duration": "gpu__time_duration.sum",
 }
 # Chips spell the tensor pipe's utilisation differently; the first that ncu knows is read.
 _TENSOR_METRICS = (
     METRICS["tensor"],
-    "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_active",
-    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
+    "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_elapsed",
+    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_elapsed",
 )
 # What to reach, in percent; None: shown for information.
 TARGETS = {"sm": 85.0, "warps": 90.0, "dram": 75.0, "l2": None, "tensor": None}
