@@ -65,7 +65,7 @@ class _Layout(NamedTuple):
 def _contiguous(dtype: int, *shape: int) -> tuple[int, tuple, tuple]:
     strides = [1]
     for size in reversed(shape[1:]):
-        strides.append(strides[-1] * size)
+        strides.append(strides[-1] * max(1, size))
     return dtype, shape, tuple(reversed(strides))
 
 
@@ -90,15 +90,14 @@ def _dense_layout(device, backend, dtype, q_shape, k_shape, configuration, gate,
     batch, heads, seq_len, _ = k_shape
     chunk_size = configuration[2]
     check_chunk_size(chunk_size)
-    workspace_bytes = 0
-    if device[0] == CUDA:
-        query = query_on(*device, backend)
-        workspace_bytes = max(
-            _core.select_workspace_bytes(query, batch, heads, seq_len, *configuration),
-            _core.attend_workspace_bytes(
-                query, dtype, q_shape, k_shape, *configuration, False, None, gate
-            ),
-        )
+    # Asking for sizes also checks shapes, dtypes and options against each other, before any stage has run.
+    query = query_on(*device, backend)
+    workspace_bytes = max(
+        _core.attend_workspace_bytes(
+            query, dtype, q_shape, k_shape, *configuration, False, None, gate
+        ),
+        _core.select_workspace_bytes(query, batch, heads, seq_len, *configuration),
+    )
     score_dtype = _FLOAT64 if dtype == _FLOAT64 else _FLOAT32
     num_chunks = (seq_len + chunk_size - 1) // chunk_size
     return _make_layout(
@@ -117,17 +116,13 @@ def _packed_layout(
     total_k, heads, _ = k_shape
     chunk_size = configuration[2]
     check_chunk_size(chunk_size)
-    workspace_bytes = 0
-    if device[0] == CUDA:
-        query = query_on(*device, backend)
-        workspace_bytes = max(
-            _core.select_varlen_workspace_bytes(
-                query, num_sequences, heads, total_k, *configuration
-            ),
-            _core.attend_varlen_workspace_bytes(
-                query, dtype, num_sequences, q_shape, k_shape, *configuration, gate
-            ),
-        )
+    query = query_on(*device, backend)
+    workspace_bytes = max(
+        _core.attend_varlen_workspace_bytes(
+            query, dtype, num_sequences, q_shape, k_shape, *configuration, gate
+        ),
+        _core.select_varlen_workspace_bytes(query, num_sequences, heads, total_k, *configuration),
+    )
     score_dtype = _FLOAT64 if dtype == _FLOAT64 else _FLOAT32
     return _make_layout(
         _contiguous(score_dtype, total_k, heads),
@@ -147,10 +142,15 @@ def _refuse_gradients(name: str, *tensors: Tensor | None) -> None:
         )
 
 
-def _check_score_dtype(scores: Tensor, code: int, expected: int) -> None:
-    if code != expected:
-        expected_name = "float64, as q" if expected == _FLOAT64 else "float32"
+def _check_scores(scores: Tensor, view: tuple, expected: tuple) -> None:
+    """ValueError unless scores have the dtype and the shape that go with q and k."""
+    if view[1] != expected[0]:
+        expected_name = "float64, as q" if expected[0] == _FLOAT64 else "float32"
         raise ValueError(f"scores: expected dtype {expected_name}, got {name_of(scores.dtype)}")
+    if view[2] != expected[1]:
+        raise ValueError(
+            f"scores: expected shape {list(expected[1])}, as k, got {list(scores.shape)}"
+        )
 
 
 def _empty_attention(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
@@ -205,7 +205,7 @@ def _attention_forward(q, k, v, scores, lengths, *options):
         _core.key_norm_scores(call, k_view, lengths_view, scores_view)
     else:
         scores_view = checked_view(scores, "scores", device)
-        _check_score_dtype(scores, scores_view[1], layout.threshold[0])
+        _check_scores(scores, scores_view, layout.scores)
     expiry_view = (address + layout.expiry_offset, *layout.expiry)
     threshold_view = (address + layout.threshold_offset, *layout.threshold)
     _core.select(call, scores_view, lengths_view, *configuration, expiry_view, threshold_view, None)
@@ -296,7 +296,7 @@ def _attention_varlen_forward(q, k, v, scores, cu_seqlens_q, cu_seqlens_k, *opti
         _core.key_norm_scores_varlen(call, k_view, scores_view)
     else:
         scores_view = checked_view(scores, "scores", device, PACKED_DIMENSIONS)
-        _check_score_dtype(scores, scores_view[1], layout.threshold[0])
+        _check_scores(scores, scores_view, layout.scores)
     expiry_view = (address + layout.expiry_offset, *layout.expiry)
     threshold_view = (address + layout.threshold_offset, *layout.threshold)
     _core.select_varlen(

@@ -26,22 +26,52 @@ def device(request) -> str:
     return request.param
 
 
-def dtypes_of(device: str) -> list[torch.dtype]:
-    """What attention_forward takes there."""
-    half = [torch.float16, torch.bfloat16]
-    return half if device == "cuda" else [torch.float32, *half]
+@dataclass(frozen=True)
+class Target:
+    """Kernels under test: a device and the backend that is asked for there."""
+
+    device: str
+    backend: str | None
+
+    def __str__(self) -> str:
+        return self.device if self.backend is None else f"{self.device}-{self.backend}"
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        half = [torch.float16, torch.bfloat16]
+        return half if self.device == "cuda" else [torch.float32, *half]
+
+
+TARGETS = [
+    pytest.param(Target("cpu", None), id="cpu"),
+    pytest.param(Target("cuda", None), id="cuda", marks=needs_cuda),
+    pytest.param(Target("cuda", "portable"), id="cuda-portable", marks=needs_cuda),
+]
+
+
+@pytest.fixture(params=TARGETS)
+def target(request) -> Target:
+    return request.param
+
+
+def skip_unless_supported(case: Case, target: Target, dtype: torch.dtype) -> None:
+    """Skips, with the library's own words, what a backend does not serve."""
+    capability = bs.capability(
+        (case.batch, case.num_q_heads, case.seq_len_q, case.head_dim),
+        (case.batch, case.num_kv_heads, case.seq_len_k, case.head_dim),
+        dtype=dtype,
+        device=target.device,
+        backend=target.backend,
+        **case.options,
+    )
+    if not capability.supported:
+        assert target.device == "cuda", f"the CPU serves everything: {capability.reason}"
+        pytest.skip(capability.reason)
 
 
 def default_dtype(device: str) -> torch.dtype:
     """The dtype for tests in which it does not matter."""
     return torch.float16 if device == "cuda" else torch.float32
-
-
-def tolerance_of(dtype: torch.dtype) -> float:
-    """A floor for errors of outputs of order one: a few units in the last place."""
-    return {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float64: 1e-12}[
-        dtype
-    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,3 +124,29 @@ def dense_attention_of(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 def find_case(name: str) -> Case:
     return next(case for case in load_cases() if case.name == name)
+
+
+def assert_out_close(
+    out: Tensor, expected: Tensor, plain: Tensor | None = None, gate_error: float = 0.0
+) -> None:
+    """The error is at most twice that of the same formula in plain torch at that dtype, plus a floor.
+
+    The floor is an ulp of the largest output, and what a gate, which is accurate to an ulp of the largest
+    score, moves.
+    """
+    out = out.cpu()
+    assert out.shape == expected.shape
+    if out.numel() == 0:
+        return
+    allowed = torch.finfo(out.dtype).eps * max(1.0, float(expected.abs().max())) + gate_error
+    if plain is not None:
+        allowed += 2 * float((plain.double() - expected).abs().max())
+    error = float((out.double() - expected.double()).abs().max())
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+
+
+def gate_error_of(case: Case, inputs: Inputs) -> float:
+    """How far an ulp of the largest score, in every gate, moves an output."""
+    if case.gate == "none":
+        return 0.0
+    return 8 * torch.finfo(torch.float32).eps * float(inputs.scores.abs().max())
