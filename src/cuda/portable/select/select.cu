@@ -1,0 +1,89 @@
+#include "cuda/portable/select/select.hpp"
+
+#include <algorithm>
+
+#include "cuda/portable/select/geometry.cuh"
+#include "cuda/portable/select/plan.hpp"
+#include "cuda/runtime.hpp"
+
+namespace sparsek::cuda::portable {
+namespace {
+
+constexpr int kRoundKeys = 512;      // keys of a round with few warps
+constexpr int kMaxRoundMarks = 256;  // their thresholds lie in shared memory
+constexpr std::int64_t kMinSegment =
+    4096;  // keys: shorter segments cost more at their start than they save
+constexpr std::size_t kMaxStartBytes = std::size_t{512} << 20;
+constexpr std::size_t kKeyBytes = sizeof(float) + sizeof(int);
+
+}  // namespace
+
+SelectPlan plan_select(SelectProblem const& p, DeviceProperties const& device) {
+  SelectPlan plan{};
+  plan.rows = static_cast<int>(p.batch * p.num_kv_heads);
+  bool const packed = p.cu_seqlens_k != nullptr;
+  plan.num_keys = (packed ? 1 : p.batch) * p.num_kv_heads * p.seq_len;
+  plan.num_chunks = (packed ? 1 : p.batch) * p.num_kv_heads * p.num_chunks;
+
+  // Rows enough for every multiprocessor: one block of four warps each, many side by side. Else wide blocks, and several of
+  // them on a row where it is long enough.
+  plan.num_segments = static_cast<int>(std::clamp<std::int64_t>(
+      p.seq_len / kMinSegment, 1, std::max(1, device.num_sms / std::max(1, plan.rows))));
+  plan.num_warps = plan.rows >= 2 * device.num_sms ? 4 : 16;
+  plan.group_size = 1;
+  while (plan.group_size * plan.group_size < plan.num_segments) ++plan.group_size;
+  plan.num_groups = ceil_div(plan.num_segments, plan.group_size);
+
+  int const span = Marks::span(p.chunk_size);
+  plan.round_marks = std::clamp(kRoundKeys / span, plan.num_warps, kMaxRoundMarks);
+  plan.list_capacity = static_cast<int>(
+      (std::min(p.num_candidates, p.seq_len) + std::int64_t{plan.round_marks} * span + 3) / 4 * 4);
+  plan.shared_list = states_shared_bytes(plan.num_warps) + plan.list_capacity * kKeyBytes <=
+                     static_cast<std::size_t>(device.shared_bytes_per_block);
+
+  plan.start_capacity = static_cast<int>(std::min(
+      p.seq_len, (plan.group_size + plan.num_groups) * std::min(p.num_candidates, p.seq_len)));
+  if (static_cast<std::size_t>(plan.rows) * plan.num_segments * plan.start_capacity * kKeyBytes >
+      kMaxStartBytes) {
+    plan.num_segments = plan.group_size = plan.num_groups = 1;
+  }
+  return plan;
+}
+
+SelectWorkspace lay_out(SelectPlan const& plan, std::byte* base) {
+  Carver carver(base);
+  SelectWorkspace w{};
+  w.kth_score = carver.take<float>(plan.num_chunks);
+  w.kth_position = carver.take<int>(plan.num_chunks);
+  std::size_t const blocks = static_cast<std::size_t>(plan.rows) * plan.num_segments;
+  if (!plan.shared_list) {
+    w.list_score = carver.take<float>(blocks * plan.list_capacity);
+    w.list_position = carver.take<int>(blocks * plan.list_capacity);
+  }
+  if (plan.num_segments > 1) {
+    w.segment_score = carver.take<float>(plan.num_keys);
+    w.segment_position = carver.take<int>(plan.num_keys);
+    w.group_score = carver.take<float>(plan.num_keys);
+    w.group_position = carver.take<int>(plan.num_keys);
+    w.start_score = carver.take<float>(blocks * plan.start_capacity);
+    w.start_position = carver.take<int>(blocks * plan.start_capacity);
+    w.segment_count = carver.take<int>(blocks);
+    w.group_count = carver.take<int>(static_cast<std::size_t>(plan.rows) * plan.num_groups);
+  }
+  w.bytes = carver.bytes();
+  return w;
+}
+
+std::size_t select_workspace(Context const& context, SelectProblem const& p) {
+  return lay_out(plan_select(p, properties_of(context.device)), nullptr).bytes;
+}
+
+void select(Context const& context, SelectProblem const& p) {
+  SelectPlan const plan = plan_select(p, properties_of(context.device));
+  Workspace const memory(context, lay_out(plan, nullptr).bytes);
+  SelectWorkspace const workspace = lay_out(plan, memory.data());
+  launch_states(p, plan, workspace, stream_of(context));
+  launch_expiry(p, plan, workspace, stream_of(context));
+}
+
+}  // namespace sparsek::cuda::portable

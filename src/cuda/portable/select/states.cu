@@ -1,0 +1,474 @@
+// The state of every chunk's pool: its k-th ranked key, its threshold and its last candidate.
+//
+// A block streams one row (or a segment of it) in rounds of a few marks (geometry.cuh). It keeps a list of the keys that can
+// still matter: since thresholds never fall, those above the last threshold, and of these at most num_candidates. A round
+//   1. drops from the list what no longer matters and appends the round's keys that do, in the order of their positions,
+//   2. computes the states of its marks, one mark per warp at a time: the pool of a mark is a prefix of the list.
+// Warps work independently in step 2; nothing depends on the order of the scores but the length of the list.
+//
+// Few long rows: each row is cut into segments, one block each. A block needs the candidates of everything before its segment, and candidates of
+// a union are candidates of its parts. So (a) each segment, then (b) each group of segments is condensed to its candidates, and (c) a
+// block starts from the lists of the groups and segments before it.
+#include "cuda/portable/select/candidates.cuh"
+#include "cuda/portable/select/plan.hpp"
+
+namespace sparsek::cuda::portable {
+namespace {
+
+constexpr int kMaxRoundMarks = 256;
+constexpr int kCondenseThreads = 512;
+constexpr int kPerThread = 4;  // keys that a thread moves per tile of a compaction
+
+// What is known of a pool.
+struct State {
+  RankedKey kth{-INFINITY, INT_MAX};  // of a pool of at most k keys: ranks after every key
+  RankedKey cut{-INFINITY, INT_MAX};  // the num_candidates-th, where it truncates the list
+  float threshold = -INFINITY;
+};
+
+// The configuration, in the kernels' integers.
+struct Config {
+  int k, num_candidates;
+  bool
+      rank_candidates;  // last_candidate is wanted: keep all candidates, not only those above the threshold
+
+  __device__ Config(SelectProblem const& p, Row const& r)
+      : k(static_cast<int>(p.num_selected)),
+        num_candidates(static_cast<int>(p.num_candidates)),
+        rank_candidates(p.last_candidate != nullptr && p.num_candidates < r.valid &&
+                        p.num_candidates > 0) {}
+
+  // Whether a key can still matter to a pool that contains one of this state.
+  __device__ bool keeps(State const& state, float score, int position) const {
+    return !ranks_after(score, position, state.cut) && (rank_candidates || score > state.threshold);
+  }
+  // The least score that `keeps` lets through.
+  __device__ float least(State const& state) const {
+    return rank_candidates ? state.cut.score : fmaxf(state.cut.score, state.threshold);
+  }
+};
+
+// The state of a pool of `pool` keys, of which the list holds all that matter. `before`: a state of an earlier pool; every score lies
+// in [low, high]; `guess`: threshold - k-th score, roughly.
+template <typename Team>
+__device__ State state_of(Team const& team, Config const& config, float const* scores,
+                          int const* positions, int count, int pool, State const& before, float low,
+                          float high, float guess) {
+  State state;
+  int const k = config.k, m = config.num_candidates;
+  if (pool <= k) return state;
+  low = fmaxf(low, config.least(before));
+  Truncation truncation;
+  if (m > 0 && (config.rank_candidates ? pool > m : count > m)) {
+    state.cut = select_ranked(team, scores, positions, count, m, low, high);
+  }
+  if (k == 0) {
+    state.kth = {INFINITY, -1};
+    state.threshold = INFINITY;
+    return state;
+  }
+  state.kth = select_ranked(team, scores, positions, count, k, fmaxf(low, before.kth.score), high);
+  if (state.cut.score > before.threshold) {
+    truncation.floor = state.cut.score;
+    truncation.num_at_floor = m - count_above(team, scores, count, state.cut.score);
+  }
+  state.threshold =
+      solve_threshold(team, scores, count, k, state.kth.score, truncation, before.threshold, guess);
+  return state;
+}
+
+// Appends the keys that load(i, score, position) lets through, i = 0 ... count - 1, in this order, at list[size ...], and
+// returns the new size. Ends with its writes not yet visible to other threads.
+// NOTE: works in place: a tile is read before its barrier and written after it, no further than it was read.
+template <int kWarps>
+struct Compaction {
+  int tile_counts[2][kWarps];
+
+  template <typename Load>
+  __device__ int append(int count, int size, float* list_scores, int* list_positions, int& parity,
+                        Load load) {
+    int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int base = 0; base < count; base += kWarps * 32 * kPerThread) {
+      float score[kPerThread];
+      int position[kPerThread];
+      unsigned kept[kPerThread];
+      int total = 0;
+#pragma unroll
+      for (int j = 0; j < kPerThread; ++j) {
+        int const i = base + (warp * kPerThread + j) * 32 + lane;
+        bool keep = false;
+        if (i < count) keep = load(i, score[j], position[j]);
+        kept[j] = __ballot_sync(~0u, keep);
+        total += __popc(kept[j]);
+      }
+      parity ^= 1;
+      if (lane == 0) tile_counts[parity][warp] = total;
+      __syncthreads();
+      int at = size;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        int const of_warp = tile_counts[parity][w];
+        if (w < warp) at += of_warp;
+        size += of_warp;
+      }
+#pragma unroll
+      for (int j = 0; j < kPerThread; ++j) {
+        int const mine = at + __popc(kept[j] & ((1u << lane) - 1));
+        if (kept[j] >> lane & 1) {
+          list_scores[mine] = score[j];
+          list_positions[mine] = position[j];
+        }
+        at += __popc(kept[j]);
+      }
+    }
+    return size;
+  }
+};
+
+// The least and the largest score of a list.
+template <typename Team>
+__device__ void range_of(Team const& team, float const* scores, int count, float& low,
+                         float& high) {
+  unsigned least = ~0u, largest = 0u;
+  for (int i = team.rank(); i < count; i += team.size()) {
+    unsigned const key = ordered(scores[i]);
+    least = min(least, key), largest = max(largest, key);
+  }
+  least = team.min(least), largest = team.max(largest);
+  auto const score = [](unsigned key) {
+    return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+  };
+  low = score(least), high = score(largest);
+}
+
+// The first index of an ascending list that is not less than `bound`.
+__device__ int lower_bound(int const* positions, int count, int bound) {
+  int first = 0;
+  while (count > 0) {
+    int const half = count / 2;
+    if (positions[first + half] < bound) {
+      first += half + 1;
+      count -= half + 1;
+    } else {
+      count = half;
+    }
+  }
+  return first;
+}
+
+// The marks of a segment.
+struct Segment {
+  int first, end;  // marks [first, end)
+
+  __device__ Segment(Marks const& marks, int segment, int num_segments) {
+    int const each = ceil_div(marks.count, num_segments);
+    first = min(1 + segment * each, marks.count + 1);
+    end = min(first + each, marks.count + 1);
+  }
+  // Its keys: [pool_end(first - 1), pool_end(end - 1)).
+};
+
+template <int kWarps>
+struct StatesShared {
+  TeamScratch team[kWarps];
+  typename BlockTeam<kWarps * 32>::Exchange exchange;
+  float thresholds[kMaxRoundMarks];
+  Compaction<kWarps> compaction;
+  State last;
+  float running;
+  unsigned least, largest;  // ordered scores of the pools so far
+};
+
+template <int kWarps, bool kSharedList>
+__global__ void __launch_bounds__(kWarps * 32, kWarps == 4 ? 12 : 1)
+    states_kernel(SelectProblem p, SelectPlan plan, SelectWorkspace w) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  auto& shared = *reinterpret_cast<StatesShared<kWarps>*>(shared_memory);
+  int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int const row = blockIdx.x / plan.num_segments, segment_index = blockIdx.x % plan.num_segments;
+  Row const r = row_of(p, row);
+  Marks const marks(p.chunk_size, p.window, r.used_chunks);
+  Segment const segment(marks, segment_index, plan.num_segments);
+  Config const config(p, r);
+
+  float* scores;
+  int* positions;
+  if constexpr (kSharedList) {
+    scores = reinterpret_cast<float*>(shared_memory + sizeof(StatesShared<kWarps>));
+    positions = reinterpret_cast<int*>(scores + plan.list_capacity);
+  } else {
+    scores = w.list_score + std::int64_t{blockIdx.x} * plan.list_capacity;
+    positions = w.list_position + std::int64_t{blockIdx.x} * plan.list_capacity;
+  }
+  float* const thresholds = static_cast<float*>(p.threshold) + r.chunks;
+  auto const store = [&](int chunk, State const& state) {
+    w.kth_score[r.chunks + chunk] = state.kth.score;
+    w.kth_position[r.chunks + chunk] = state.kth.position;
+    if (p.last_candidate) {
+      p.last_candidate[r.chunks + chunk] =
+          state.cut.position == INT_MAX || !config.rank_candidates ? -1 : state.cut.position;
+    }
+  };
+
+  if (segment_index == 0) {
+    // Chunks whose pool is empty, and chunks that start behind the last key.
+    int const first_chunk = min(marks.first_chunk(), r.used_chunks);
+    for (int c = threadIdx.x; c < r.num_chunks; c += kWarps * 32) {
+      if (c >= first_chunk && c < r.used_chunks) continue;
+      store(c, State{});
+      thresholds[c] = c < first_chunk ? -INFINITY : INFINITY;
+    }
+  }
+  if (segment.first >= segment.end) return;
+
+  State state;
+  float guess = -0.5f;
+  int size = 0, parity = 0;
+  float running = -INFINITY;
+  if (threadIdx.x == 0) shared.least = ~0u, shared.largest = 0u;
+  __syncthreads();
+
+  if (segment_index > 0) {
+    // Gather the candidates of everything before, then keep those of the union.
+    float* const start_scores = w.start_score + std::int64_t{blockIdx.x} * plan.start_capacity;
+    int* const start_positions = w.start_position + std::int64_t{blockIdx.x} * plan.start_capacity;
+    int gathered = 0;
+    auto const gather = [&](float const* from_scores, int const* from_positions, int count) {
+      for (int i = threadIdx.x; i < count; i += kWarps * 32) {
+        start_scores[gathered + i] = from_scores[i];
+        start_positions[gathered + i] = from_positions[i];
+      }
+      gathered += count;
+    };
+    int const group = segment_index / plan.group_size;
+    for (int g = 0; g < group; ++g) {
+      Segment const s(marks, g * plan.group_size, plan.num_segments);
+      std::int64_t const at = r.expiry + marks.pool_end(s.first - 1);
+      gather(w.group_score + at, w.group_position + at, w.group_count[row * plan.num_groups + g]);
+    }
+    for (int g = group * plan.group_size; g < segment_index; ++g) {
+      Segment const s(marks, g, plan.num_segments);
+      std::int64_t const at = r.expiry + marks.pool_end(s.first - 1);
+      gather(w.segment_score + at, w.segment_position + at,
+             w.segment_count[row * plan.num_segments + g]);
+    }
+    __syncthreads();
+    BlockTeam<kWarps * 32> const team(&shared.exchange);
+    float low, high;
+    range_of(team, start_scores, gathered, low, high);
+    if (threadIdx.x == 0) shared.least = ordered(low), shared.largest = ordered(high);
+    state = state_of(team, config, start_scores, start_positions, gathered,
+                     marks.pool_end(segment.first - 1), State{}, low, high, guess);
+    size = shared.compaction.append(gathered, 0, scores, positions, parity,
+                                    [&](int i, float& score, int& position) {
+                                      score = start_scores[i];
+                                      position = start_positions[i];
+                                      return config.keeps(state, score, position);
+                                    });
+    running = state.threshold;
+    __syncthreads();
+  }
+
+  for (int first = segment.first; first < segment.end; first += plan.round_marks) {
+    int const round_marks = min(plan.round_marks, segment.end - first);
+    int const begin = marks.pool_end(first - 1), end = marks.pool_end(first + round_marks - 1);
+    unsigned least = ~0u, largest = 0u;
+    int const old = shared.compaction.append(size, 0, scores, positions, parity,
+                                             [&](int i, float& score, int& position) {
+                                               score = scores[i];
+                                               position = positions[i];
+                                               return config.keeps(state, score, position);
+                                             });
+    size = shared.compaction.append(end - begin, old, scores, positions, parity,
+                                    [&](int i, float& score, int& position) {
+                                      position = begin + i;
+                                      score = sanitized(r.scores[position * r.stride]);
+                                      unsigned const key = ordered(score);
+                                      least = min(least, key), largest = max(largest, key);
+                                      return config.keeps(state, score, position);
+                                    });
+    least = __reduce_min_sync(~0u, least), largest = __reduce_max_sync(~0u, largest);
+    if (lane == 0) {
+      atomicMin(&shared.least, least);
+      atomicMax(&shared.largest, largest);
+    }
+    __syncthreads();
+
+    auto const score_of = [](unsigned key) {
+      return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+    };
+    float const low = score_of(shared.least), high = score_of(shared.largest);
+    WarpTeam const team(&shared.team[warp]);
+    for (int i = warp; i < round_marks; i += kWarps) {
+      int const pool = marks.pool_end(first + i);
+      int const count = old + lower_bound(positions + old, size - old, pool);
+      State const here =
+          state_of(team, config, scores, positions, count, pool, state, low, high, guess);
+      if (lane == 0) {
+        shared.thresholds[i] = here.threshold;
+        int const chunk = marks.chunk(first + i);
+        if (chunk >= 0) store(chunk, here);
+        if (i == round_marks - 1) shared.last = here;
+      }
+    }
+    __syncthreads();
+
+    // Stored thresholds never fall, although rounding may differ from mark to mark.
+    state = shared.last;
+    if (warp == 0) {
+      for (int base = 0; base < round_marks; base += 32) {
+        int const i = base + lane;
+        float highest = i < round_marks ? shared.thresholds[i] : -INFINITY;
+        for (int d = 1; d < 32; d *= 2) {
+          float const other = __shfl_up_sync(~0u, highest, d);
+          if (lane >= d) highest = fmaxf(highest, other);
+        }
+        highest = fmaxf(highest, running);
+        if (i < round_marks) {
+          int const chunk = marks.chunk(first + i);
+          if (chunk >= 0) thresholds[chunk] = highest;
+        }
+        running = __shfl_sync(~0u, highest, 31);
+      }
+      if (lane == 0) shared.running = running;
+    }
+    if (state.threshold > -INFINITY) guess = state.threshold - state.kth.score;
+    __syncthreads();
+    running = shared.running;
+    state.threshold = running;
+  }
+}
+
+// Condenses the keys of each segment (kGroups: the candidates of each group of segments) to the candidates among them.
+template <bool kGroups>
+__global__ void __launch_bounds__(kCondenseThreads)
+    condense_kernel(SelectProblem p, SelectPlan plan, SelectWorkspace w) {
+  __shared__ BlockTeam<kCondenseThreads>::Exchange exchange;
+  __shared__ Compaction<kCondenseThreads / 32> compaction;
+  int const per_row = kGroups ? plan.num_groups : plan.num_segments;
+  int const row = blockIdx.x / per_row, index = blockIdx.x % per_row;
+  Row const r = row_of(p, row);
+  Marks const marks(p.chunk_size, p.window, r.used_chunks);
+  Config const config(p, r);
+  int parity = 0, count = 0, pool = 0;
+  float* scores;
+  int* positions;
+  auto const all = [](int, float&, int&) { return true; };
+  if constexpr (kGroups) {
+    int const first = index * plan.group_size;
+    int const end = min(first + plan.group_size, plan.num_segments);
+    int const begin = marks.pool_end(Segment(marks, first, plan.num_segments).first - 1);
+    scores = w.group_score + r.expiry + begin;
+    positions = w.group_position + r.expiry + begin;
+    for (int s = first; s < end; ++s) {
+      Segment const segment(marks, s, plan.num_segments);
+      std::int64_t const at = r.expiry + marks.pool_end(segment.first - 1);
+      int const n = w.segment_count[row * plan.num_segments + s];
+      for (int i = threadIdx.x; i < n; i += kCondenseThreads) {
+        scores[count + i] = w.segment_score[at + i];
+        positions[count + i] = w.segment_position[at + i];
+      }
+      count += n;
+      pool = marks.pool_end(segment.end - 1) - begin;
+    }
+  } else {
+    Segment const segment(marks, index, plan.num_segments);
+    int const begin = marks.pool_end(segment.first - 1);
+    pool = count = marks.pool_end(segment.end - 1) - begin;
+    scores = w.segment_score + r.expiry + begin;
+    positions = w.segment_position + r.expiry + begin;
+    for (int i = threadIdx.x; i < count; i += kCondenseThreads) {
+      scores[i] = sanitized(r.scores[(begin + i) * r.stride]);
+      positions[i] = begin + i;
+    }
+  }
+  (void)all;
+  __syncthreads();
+  int size = 0;
+  if (count > 0) {
+    BlockTeam<kCondenseThreads> const team(&exchange);
+    float low, high;
+    range_of(team, scores, count, low, high);
+    State const state =
+        state_of(team, config, scores, positions, count, pool, State{}, low, high, -0.5f);
+    size = compaction.append(count, 0, scores, positions, parity,
+                             [&](int i, float& score, int& position) {
+                               score = scores[i];
+                               position = positions[i];
+                               return config.keeps(state, score, position);
+                             });
+  }
+  if (threadIdx.x == 0) (kGroups ? w.group_count : w.segment_count)[blockIdx.x] = size;
+}
+
+// Thresholds never fall from segment to segment either. One block per segment; the last threshold of a segment may rise while others read
+// it, to the maximum that they take anyway.
+__global__ void raise_kernel(SelectProblem p, SelectPlan plan) {
+  int const row = blockIdx.x / plan.num_segments, index = blockIdx.x % plan.num_segments;
+  Row const r = row_of(p, row);
+  Marks const marks(p.chunk_size, p.window, r.used_chunks);
+  Segment const segment(marks, index, plan.num_segments);
+  float volatile* const thresholds = static_cast<float*>(p.threshold) + r.chunks;
+  auto const chunks_before = [&](int mark) {  // chunks whose mark comes before `mark`
+    return (marks.first + mark + marks.per_chunk - 1) / marks.per_chunk;
+  };
+  float highest = -INFINITY;
+  for (int s = threadIdx.x; s < index; s += 32) {
+    int const before = chunks_before(Segment(marks, s, plan.num_segments).end);
+    highest = fmaxf(highest, thresholds[before - 1]);
+  }
+  for (int d = 16; d > 0; d /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, d));
+  int const end = chunks_before(segment.end);
+  for (int c = chunks_before(segment.first); c < end; c += 32) {
+    int const mine = c + threadIdx.x;
+    bool const low = mine < end && thresholds[mine] < highest;
+    if (low) thresholds[mine] = highest;
+    if (!__any_sync(~0u, low)) break;
+  }
+}
+
+template <int kWarps, bool kSharedList>
+void launch_states_kernel(SelectProblem const& p, SelectPlan const& plan, SelectWorkspace const& w,
+                          cudaStream_t stream) {
+  auto* const kernel = states_kernel<kWarps, kSharedList>;
+  std::size_t const bytes = sizeof(StatesShared<kWarps>) +
+                            (kSharedList ? plan.list_capacity * (sizeof(float) + sizeof(int)) : 0);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)),
+        "select states kernel: shared memory");
+  kernel<<<static_cast<unsigned>(plan.rows) * plan.num_segments, kWarps * 32, bytes, stream>>>(
+      p, plan, w);
+  check_launch("select states kernel");
+}
+
+}  // namespace
+
+std::size_t states_shared_bytes(int num_warps) {
+  return num_warps == 4 ? sizeof(StatesShared<4>) : sizeof(StatesShared<16>);
+}
+
+void launch_states(SelectProblem const& p, SelectPlan const& plan, SelectWorkspace const& w,
+                   cudaStream_t stream) {
+  unsigned const segments = static_cast<unsigned>(plan.rows) * plan.num_segments;
+  if (plan.num_segments > 1) {
+    condense_kernel<false><<<segments, kCondenseThreads, 0, stream>>>(p, plan, w);
+    check_launch("select condense kernel");
+    condense_kernel<true>
+        <<<static_cast<unsigned>(plan.rows) * plan.num_groups, kCondenseThreads, 0, stream>>>(
+            p, plan, w);
+    check_launch("select condense kernel");
+  }
+  if (plan.num_warps == 4) {
+    plan.shared_list ? launch_states_kernel<4, true>(p, plan, w, stream)
+                     : launch_states_kernel<4, false>(p, plan, w, stream);
+  } else {
+    plan.shared_list ? launch_states_kernel<16, true>(p, plan, w, stream)
+                     : launch_states_kernel<16, false>(p, plan, w, stream);
+  }
+  if (plan.num_segments > 1) {
+    raise_kernel<<<segments, 32, 0, stream>>>(p, plan);
+    check_launch("select raise kernel");
+  }
+}
+
+}  // namespace sparsek::cuda::portable
