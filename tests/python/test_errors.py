@@ -5,6 +5,7 @@ from __future__ import annotations
 import blackwell_sparsek as bs
 import pytest
 import torch
+from blackwell_sparsek import _arguments
 from conftest import default_dtype, needs_cuda
 
 B, HQ, HKV, SQ, SK, D = 2, 4, 2, 30, 50, 64
@@ -340,3 +341,31 @@ def test_tensors_on_several_devices(good):
     for name in ("k", "v", "scores", "lengths"):
         with pytest.raises(ValueError, match=r"on cuda:0|on cpu"):
             bs.attention_forward(**{**good, name: good[name].to(other)})
+
+
+# ---- the checks that CUDA tensors get with BLACKWELL_SPARSEK_CHECK=1, on the host ------------------
+
+
+def test_check_values():
+    scores = torch.zeros(2, 1, 5)
+    scores[1, 0, 4] = float("inf")
+    with pytest.raises(ValueError, match="scores: expected finite values"):
+        _arguments.check_values(scores, None, 5)
+    with pytest.raises(ValueError, match="lengths: expected values between 0 and 5"):
+        _arguments.check_values(scores, torch.tensor([6, 0]), 5)
+    _arguments.check_values(scores, torch.tensor([5, 4]), 5)
+    _arguments.check_values(None, None, 5)
+
+
+@pytest.mark.parametrize(
+    ("starts_q", "starts_k", "message"),
+    [
+        ([0, 3], [1, 5], "cu_seqlens_k: expected values that start at 0"),
+        ([0, 4, 3], [0, 4, 5], "cu_seqlens_q: expected values that start at 0, never fall"),
+        ([0, 2], [0, 5], "cu_seqlens_q: expected values .* end at 3"),
+        ([0, 2, 3], [0, 1, 5], "got 2 queries and 1 keys in sequence 0"),
+    ],
+)
+def test_check_cu_seqlens(starts_q, starts_k, message):
+    with pytest.raises(ValueError, match=message):
+        _arguments.check_cu_seqlens(torch.tensor(starts_q), torch.tensor(starts_k), 3, 5)
