@@ -9,7 +9,14 @@ __device__ __forceinline__ std::uint32_t shared_address(void const* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes past L1, or writes zeros and reads nothing where `valid` is false. Both addresses are multiples of 16.
+// Copies 16 bytes past L1. Both addresses are multiples of 16.
+__device__ __forceinline__ void cp_async_16(std::uint32_t destination, void const* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source)
+               : "memory");
+}
+
+// The same, or writes zeros and reads nothing where `valid` is false. Both addresses are multiples
+// of 16.
 __device__ __forceinline__ void cp_async_16(std::uint32_t destination, void const* source,
                                             bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
@@ -17,7 +24,8 @@ __device__ __forceinline__ void cp_async_16(std::uint32_t destination, void cons
                : "memory");
 }
 
-// Copies 4 bytes, or writes zeros and reads nothing where `valid` is false. Both addresses are multiples of 4.
+// Copies 4 bytes, or writes zeros and reads nothing where `valid` is false. Both addresses are
+// multiples of 4.
 __device__ __forceinline__ void cp_async_4(std::uint32_t destination, void const* source,
                                            bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source),

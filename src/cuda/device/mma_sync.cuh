@@ -1,9 +1,10 @@
-// Warp-level matrix instructions that every architecture since sm_80 has: ldmatrix and mma.sync m16n8k16.
+// Warp-level matrix instructions that every architecture since sm_80 has: ldmatrix and mma.sync
+// m16n8k16.
 //
 // Fragments, with g = lane / 4 and t = lane % 4 (two 16-bit values to a register):
-//   A [16 x 16]  a[0] (row g, columns 2t, 2t + 1), a[1] (row g + 8), a[2] (row g, columns 2t + 8 ...), a[3] (row g + 8)
-//   B [16 x 8]   b[0] (rows 2t, 2t + 1, column g), b[1] (rows 2t + 8, 2t + 9)
-//   C [16 x 8]   c[0], c[1] (row g, columns 2t, 2t + 1), c[2], c[3] (row g + 8)
+//   A [16 x 16]  a[0] row g, columns 2t and 2t + 1; a[1] row g + 8; a[2], a[3] 8 columns on
+//   B [16 x 8]   b[0] rows 2t and 2t + 1, column g; b[1] 8 rows on
+//   C [16 x 8]   c[0], c[1] row g, columns 2t and 2t + 1; c[2], c[3] row g + 8
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

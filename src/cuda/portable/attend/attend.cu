@@ -21,8 +21,12 @@ namespace {
 constexpr std::int64_t kMaxHeadDim = 256;
 constexpr std::int64_t kMaxSeqLen = std::int64_t{1}
                                     << 30;  // positions, rounded up to tiles, are 32-bit
+// Larger strides between positions, in elements, do not fit the 32 bits that the fast loads have
+// for them in bytes.
+constexpr std::int64_t kMaxFastStride = (std::int64_t{1} << 31) - 1;
 
-// Tiles of one head: exact for dense batches, an upper bound for packed ones (n queries touch at most n / 128 + 2 tiles).
+// Tiles of one head: exact for dense batches, an upper bound for packed ones (n queries touch at
+// most n / 128 + 2 tiles).
 std::int64_t count_tiles(AttendProblem const& a) {
   if (a.cu_seqlens_q) return a.seq_len_q / kQueryTile + 2 * a.batch;
   return a.batch * portable::count_tiles(static_cast<int>(a.seq_len_k - a.seq_len_q),
@@ -76,10 +80,13 @@ AttendParams make_params(AttendProblem const& a) {
   p.foreign = a.num_selected < 0;
   p.value_gate = a.gate == Gate::kValue;
 
-  p.aligned_loads = a.head_dim % 8 == 0 &&
-                    aligned(a.q, {a.stride_q_batch, a.stride_q_head, a.stride_q_position}) &&
-                    aligned(a.k, {a.stride_k_batch, a.stride_k_head, a.stride_k_position}) &&
-                    aligned(a.v, {a.stride_v_batch, a.stride_v_head, a.stride_v_position});
+  p.aligned_loads =
+      a.head_dim % 8 == 0 &&
+      aligned(a.q, {a.stride_q_batch, a.stride_q_head, a.stride_q_position}) &&
+      aligned(a.k, {a.stride_k_batch, a.stride_k_head, a.stride_k_position}) &&
+      aligned(a.v, {a.stride_v_batch, a.stride_v_head, a.stride_v_position}) &&
+      std::max({a.stride_q_position, a.stride_k_position, a.stride_v_position}) <= kMaxFastStride &&
+      std::min({a.stride_q_position, a.stride_k_position, a.stride_v_position}) >= 0;
   p.aligned_stores = a.head_dim % 8 == 0 &&
                      aligned(a.out, {a.stride_out_batch, a.stride_out_head, a.stride_out_position});
   double const magnitude = a.sm_scale == 0 ? 1 : std::abs(a.sm_scale);
@@ -145,7 +152,8 @@ bool attend_supported(AttendProblem const& a, std::string* reason) {
   if (a.seq_len_k > kMaxSeqLen)
     return missing("CUDA attention of " + std::to_string(a.seq_len_k) +
                    " keys: supported are up to " + std::to_string(kMaxSeqLen));
-  // Blocks of a launch and rows of the workspace are counted in 31 bits; tiles are two blocks at most.
+  // Blocks of a launch and rows of the workspace are counted in 31 bits; tiles are two blocks at
+  // most.
   constexpr std::int64_t kMaxBlocks = (std::int64_t{1} << 30) - 1;
   if (!is_empty(a) && (count_tiles(a) > kMaxBlocks / a.num_q_heads ||
                        a.batch > kMaxBlocks / (2048 + a.num_kv_heads)))

@@ -1,11 +1,13 @@
-// What the kernels of this folder are given, and how they find their way in it: sequences, query tiles, visible keys.
+// What the kernels of this folder are given, and how they find their way in it: sequences, query
+// tiles, visible keys.
 #pragma once
 #include <climits>
 #include <cstdint>
 
 namespace sparsek::cuda::portable {
 
-// Queries per tile. Tiles begin at positions that are multiples of it, so that chunks of 128 n lie in whole tiles.
+// Queries per tile. Tiles begin at positions that are multiples of it, so that chunks of 128 n lie
+// in whole tiles.
 inline constexpr int kQueryTile = 128;
 // Keys per entry of `group_expiry`.
 inline constexpr int kKeyGroup = 64;
@@ -67,7 +69,8 @@ struct Sequence {
   __device__ int query_offset() const { return num_keys - num_queries; }
 };
 
-// Values that contradict each other (which the host does not see) are clamped, so that every access stays in bounds.
+// Values that contradict each other (which the host does not see) are clamped, so that every access
+// stays in bounds.
 __device__ inline Sequence load_sequence(AttendParams const& p, int b) {
   Sequence s;
   s.index = b;
@@ -91,7 +94,8 @@ __host__ __device__ inline int count_tiles(int first, int last) {
   return first < last ? (last - 1) / kQueryTile - first / kQueryTile + 1 : 0;
 }
 
-// The queries of one tile: positions [first, last) of a sequence. Empty where the tile does not exist.
+// The queries of one tile: positions [first, last) of a sequence. Empty where the tile does not
+// exist.
 struct TileSpan {
   Sequence sequence;
   int begin;  // a multiple of kQueryTile
@@ -122,14 +126,15 @@ __device__ inline TileSpan locate_tile(AttendParams const& p, int tile) {
   return span;
 }
 
-// Keys before this position are soft (gated) for the query at position i. Keys from it to i are its window.
+// Keys before this position are soft (gated) for the query at position i. Keys from it to i are its
+// window.
 __device__ inline int window_begin(AttendParams const& p, int i) {
   return max(0, i / p.chunk_size * p.chunk_size - p.window);
 }
 
-// A tile whose first query is at position i lists the keys before this position that i sees; it reads all keys from here on.
-// Lists hold at most num_selected keys: what enters later comes from beyond this position. Of a foreign selection, the
-// 128 keys before the tile count as window.
+// A tile whose first query is at position i lists the keys before this position that i sees; it
+// reads all keys from here on. Lists hold at most num_selected keys: what enters later comes from
+// beyond this position. Of a foreign selection, the 128 keys before the tile count as window.
 __device__ inline int list_end(AttendParams const& p, int i) {
   return p.foreign ? max(0, i - kQueryTile) : window_begin(p, i);
 }
@@ -139,7 +144,8 @@ __device__ inline std::int32_t const* expiry_row(AttendParams const& p, Sequence
   return p.expiry + p.stride_expiry_batch * s.index + p.stride_expiry_head * kv_head + s.first_key;
 }
 
-// Groups of all sequences lie behind one another in a head's row; the added index keeps packed sequences apart.
+// Groups of all sequences lie behind one another in a head's row; the added index keeps packed
+// sequences apart.
 __host__ __device__ inline std::int64_t groups_per_row(std::int64_t seq_len_k, bool packed,
                                                        std::int64_t batch) {
   return packed ? seq_len_k / kKeyGroup + batch : (seq_len_k + kKeyGroup - 1) / kKeyGroup * batch;

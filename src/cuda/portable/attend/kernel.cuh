@@ -1,15 +1,17 @@
 // SparseK attention, forward, for every architecture since sm_80: mma.sync, ldmatrix and cp.async.
 //
-// A block of four warps computes kRows queries of one head. It goes through the keys in blocks of kKeys: first the contiguous ones
-// (the window and the tile's own), then those of the tile's list, whose rows it gathers in pieces of 16 bytes. K of the next block
-// arrives while the output product runs, V of this one while the scores are computed, as in FlashAttention-2 (arXiv 2307.08691).
+// A block of four warps computes kRows queries of one head. It goes through the keys in blocks of
+// kKeys: first the contiguous ones (the window and the tile's own), then those of the tile's list,
+// whose rows it gathers in pieces of 16 bytes. K of the next block arrives while the output product
+// runs, V of this one while the scores are computed, as in FlashAttention-2 (arXiv 2307.08691).
 //
 //   load Q, K(0)
-//   for each block n:  wait K(n) | load V(n) | S = Q K'  | mask, weigh | wait V(n) | load K(n + 1) | O += P V
+//   for each block n:
+//     wait K(n) | load V(n) | S = Q K' | mask, weigh | wait V(n) | load K(n + 1) | O += P V
 //
-// The mask of query i and key j is j <= i < expiry_j; the gate of a key before the query's window is clip(u_j - tau, 0, 1). Where
-// all of a tile's queries are in one chunk, no listed key needs a mask and each has one gate. Where they are not, both are
-// evaluated for each pair.
+// The mask of query i and key j is j <= i < expiry_j; the gate of a key before the query's window
+// is clip(u_j - tau, 0, 1). Where all of a tile's queries are in one chunk, no listed key needs a
+// mask and each has one gate. Where they are not, both are evaluated for each pair.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -19,42 +21,11 @@
 
 #include "cuda/device/cp_async.cuh"
 #include "cuda/device/mma_sync.cuh"
+#include "cuda/portable/attend/config.cuh"
 #include "cuda/portable/attend/geometry.cuh"
+#include "cuda/portable/attend/load_rows.cuh"
 
 namespace sparsek::cuda::portable {
-
-// Tiling for head dimensions up to kHeadDim.
-//
-// Registers of a thread, of 255: at kHeadDim = 128 a warp with 32 rows holds 128 output accumulators and 64 scores; at 256 only 16
-// rows fit. With 32 rows every fragment of K and V serves two products, which halves the shared-memory traffic: 160 bytes per
-// product at D = 128, 1.25 cycles, where mma.sync takes about 1.7 on Hopper and 2 on Ampere.
-template <typename T, int kHeadDimension>
-struct AttendConfig {
-  static constexpr int kHeadDim = kHeadDimension;
-  static constexpr int kNumWarps = 4;
-  static constexpr int kNumThreads = kNumWarps * 32;
-  static constexpr int kRowsPerWarp = kHeadDim <= 128 ? 32 : 16;
-  static constexpr int kRows = kNumWarps * kRowsPerWarp;
-  static constexpr int kKeys = kHeadDim <= 128 ? 64 : 32;
-  static constexpr int kBlocksPerProcessor = 2;
-  // 16 bytes more than a row: eight consecutive rows then lie in eight different groups of four banks.
-  static constexpr int kRowElements = kHeadDim + 8;
-  static constexpr int kPositionSlots = 3;  // this block's, the next one's, and one in flight
-
-  struct SharedStorage {
-    alignas(16) T q[kRows][kRowElements];  // at the end the output
-    alignas(16) T k[kKeys][kRowElements];
-    alignas(16) T v[kKeys][kRowElements];
-    alignas(16) std::int32_t position[kPositionSlots][kKeys];  // of listed keys
-    alignas(16) std::int32_t expiry[kKeys];
-    alignas(16) float score[kKeys];
-    std::int32_t window_begin[kRows];
-    float threshold[kRows];
-  };
-  // The smallest limit of a block among the architectures served is 99 KB (sm_86, sm_89, sm_120).
-  static_assert(sizeof(SharedStorage) <= 99 * 1024);
-  static_assert(kQueryTile % kRows == 0 && kKeyGroup % kKeys == 0);
-};
 
 enum class Mask { kNone, kCausal, kPair };
 enum class GateKind { kOne, kKey, kPair };
@@ -65,27 +36,34 @@ class AttendBlock {
   static constexpr int kThreads = Config::kNumThreads;
   static constexpr int kRowTiles = Config::kRowsPerWarp / 16;  // of a warp's products
   static constexpr int kKeyTiles = kKeys / 8, kDimTiles = kHeadDim / 8;
-  static constexpr int kRowBytes = Config::kRowElements * 2;
-  static constexpr int kPieces = kHeadDim / 8;  // of 16 bytes, in a row
+  static constexpr int kRowBytes = Config::kRowBytes, kLanesPerRow = Config::kLanesPerRow;
+  // Weights are 2^(s scale - reference) and must fit a float16, as must the sum of a thread's.
+  static constexpr float kMaxWeight = 32768.f;
   using Storage = typename Config::SharedStorage;
 
  public:
   __device__ AttendBlock(AttendParams const& p, Storage& shared, int tile, int part, int q_head)
-      : p_(p), shared_(shared), tile_(tile), q_head_(q_head), kv_head_(q_head / p.group) {
-    span_ = locate_tile(p, tile);
-    begin_ = span_.begin + part * kRows;
-    first_ = max(span_.first, begin_);
-    last_ = min(span_.last, begin_ + kRows);
-    end_ = min(last_, span_.sequence.length);
+      : p_(p), shared_(shared), q_head_(q_head) {
+    TileSpan const span = locate_tile(p, tile);
+    Sequence const& s = span.sequence;
+    begin_ = span.begin + part * kRows;
+    first_ = max(span.first, begin_);
+    last_ = min(span.last, begin_ + kRows);
+    end_ = min(last_, s.length);
+    if (first_ >= last_) return;
+    one_chunk_ = !p.foreign && span.first / p.chunk_size == (end_ - 1) / p.chunk_size;
+    block_.entry = -1;
+    block_.first = p.source == KeySource::kLists ? list_end(p, span.first) : 0;
+    std::int64_t const list = static_cast<std::int64_t>(q_head / p.group) * p.num_tiles + tile;
+    if (p.source == KeySource::kLists) list_size_ = p.list_count[list];
+    if (threadIdx.x == 0) set_constants(s, q_head / p.group, list);
+    __syncthreads();
   }
 
   __device__ void run() {
     if (first_ >= last_) return;
-    if (first_ < end_ && find_first_block()) {
-      attend_to_keys();
-    } else {
-      clear_accumulators();
-    }
+    clear_accumulators();
+    if (first_ < end_ && (p_.source == KeySource::kLists || find_live_group(0))) attend_to_keys();
     store();
   }
 
@@ -96,24 +74,24 @@ class AttendBlock {
     int entry;  // -1: contiguous
   };
 
-  // --- which keys ------------------------------------------------------------------------------------------------------
-  __device__ bool find_first_block() {
-    Sequence const& s = span_.sequence;
-    k_ = static_cast<char const*>(p_.k) +
-         2 * (p_.stride_k_batch * s.index + p_.stride_k_head * kv_head_ +
-              p_.stride_k_position * s.first_key);
-    v_ = static_cast<char const*>(p_.v) +
-         2 * (p_.stride_v_batch * s.index + p_.stride_v_head * kv_head_ +
-              p_.stride_v_position * s.first_key);
-    expiry_ = expiry_row(p_, s, kv_head_);
-    one_chunk_ = !p_.foreign && span_.first / p_.chunk_size == (end_ - 1) / p_.chunk_size;
-    block_.entry = -1;
-    if (p_.source == KeySource::kWalk) return find_live_group(0);
-    std::int64_t const index = static_cast<std::int64_t>(kv_head_) * p_.num_tiles + tile_;
-    list_ = p_.lists + index * p_.list_capacity;
-    list_size_ = p_.list_count[index];
-    block_.first = list_end(p_, span_.first);
-    return true;
+  // --- which keys ---------------------------------------------------------------------------------
+  __device__ void set_constants(Sequence const& s, int kv_head, std::int64_t list) {
+    BlockConstants& c = shared_.constants;
+    c.sequence = s;
+    c.k = static_cast<char const*>(p_.k) +
+          2 * (p_.stride_k_batch * s.index + p_.stride_k_head * kv_head +
+               p_.stride_k_position * s.first_key);
+    c.v = static_cast<char const*>(p_.v) +
+          2 * (p_.stride_v_batch * s.index + p_.stride_v_head * kv_head +
+               p_.stride_v_position * s.first_key);
+    c.expiry = expiry_row(p_, s, kv_head);
+    c.scores = p_.scores + (p_.stride_scores_batch * s.index + p_.stride_scores_head * kv_head +
+                            p_.stride_scores_position * s.first_key);
+    std::int64_t const first_chunk = p_.cu_seqlens_k ? s.first_key / p_.chunk_size + s.index : 0;
+    c.threshold = p_.threshold +
+                  (p_.stride_chunk_batch * s.index + p_.stride_chunk_head * kv_head + first_chunk);
+    c.list = p_.lists + list * p_.list_capacity;
+    c.group_expiry = group_expiry_row(p_, s, kv_head);
   }
 
   __device__ bool find_next_block() {
@@ -131,9 +109,10 @@ class AttendBlock {
     return list_size_ > 0;
   }
 
-  // Moves to the first group of keys from `group` on of which the block's first query may see a key.
+  // Moves to the first group of keys from `group` on of which the block's first query may see a
+  // key.
   __device__ bool find_live_group(int group) {
-    std::int32_t const* const expiry = group_expiry_row(p_, span_.sequence, kv_head_);
+    std::int32_t const* const expiry = shared_.constants.group_expiry;
     int const groups = (end_ + kKeyGroup - 1) / kKeyGroup, lane = threadIdx.x % 32;
     for (; group < groups; group += 32) {
       bool const live = group + lane < groups && expiry[group + lane] > first_;
@@ -146,53 +125,25 @@ class AttendBlock {
     return false;
   }
 
-  // --- loads -----------------------------------------------------------------------------------------------------------
-  // One piece of a row to shared memory: eight elements from `column` on, zeros where the row or the element does not exist.
-  __device__ void load_piece(T* destination, char const* row, int column, bool valid) const {
-    if (p_.aligned_loads) {
-      bool const inside = valid && column < p_.head_dim;
-      device::cp_async_16(device::shared_address(destination), inside ? row + 2 * column : row,
-                          inside);
-      return;
-    }
-    unsigned short const* const source = reinterpret_cast<unsigned short const*>(row) + column;
-    alignas(16) unsigned short piece[8];
-#pragma unroll
-    for (int e = 0; e < 8; ++e) piece[e] = valid && column + e < p_.head_dim ? source[e] : 0;
-    *reinterpret_cast<uint4*>(destination) = *reinterpret_cast<uint4 const*>(piece);
-  }
-
+  // --- loads --------------------------------------------------------------------------------------
   __device__ void load_queries() {
-    Sequence const& s = span_.sequence;
+    Sequence const& s = shared_.constants.sequence;
     char const* const q = static_cast<char const*>(p_.q) +
                           2 * (p_.stride_q_batch * s.index + p_.stride_q_head * q_head_ +
                                p_.stride_q_position * s.first_query);
-    for (int x = threadIdx.x; x < kRows * kPieces; x += kThreads) {
-      int const r = x / kPieces, column = x % kPieces * 8, i = begin_ + r;
-      bool const valid = i >= first_ && i < end_;
-      std::int64_t const row = valid ? i - s.query_offset() : 0;
-      load_piece(&shared_.q[r][column], q + 2 * p_.stride_q_position * row, column, valid);
-    }
+    load_rows<Config, kRows>(p_, shared_.q, q, p_.stride_q_position, begin_ - s.query_offset(),
+                             nullptr, first_ - begin_, end_ - begin_);
   }
 
-  // Rows of K or V.
-  __device__ void load_rows(T (&destination)[kKeys][Config::kRowElements], char const* base,
+  // Rows of the block of keys, from K or V.
+  __device__ void load_keys(T (*destination)[Config::kRowElements], char const* base,
                             std::int64_t stride) const {
-    std::int32_t const* const position = shared_.position[position_slot_];
-#pragma unroll 4
-    for (int x = threadIdx.x; x < kKeys * kPieces; x += kThreads) {
-      int const r = x / kPieces, column = x % kPieces * 8;
-      bool valid;
-      int j;
-      if (block_.entry >= 0) {
-        valid = block_.entry + r < list_size_;
-        j = position[r];
-      } else {
-        j = block_.first + r;
-        valid = j < end_;
-        j = valid ? j : 0;
-      }
-      load_piece(&destination[r][column], base + 2 * stride * j, column, valid);
+    if (block_.entry >= 0) {
+      load_rows<Config, kKeys>(p_, destination, base, stride, 0, shared_.position[position_slot_],
+                               0, list_size_ - block_.entry);
+    } else {
+      load_rows<Config, kKeys>(p_, destination, base, stride, block_.first, nullptr, 0,
+                               end_ - block_.first);
     }
   }
 
@@ -202,11 +153,12 @@ class AttendBlock {
     if (x < kKeys) {
       bool const valid = entry + x < list_size_;
       device::cp_async_4(device::shared_address(&shared_.position[slot][x]),
-                         list_ + (valid ? entry + x : 0), valid);
+                         shared_.constants.list + (valid ? entry + x : 0), valid);
     }
   }
 
-  // Expiry and score of the block's keys, where its mask or gate needs them: 0 for keys that do not exist.
+  // Expiry and score of the block's keys, where its mask or gate needs them: 0 for keys that do not
+  // exist.
   __device__ void load_key_data() {
     int const x = threadIdx.x % kKeys, what = threadIdx.x / kKeys;
     if (what > (p_.scores ? 1 : 0)) return;
@@ -220,14 +172,11 @@ class AttendBlock {
       j = valid ? block_.first + x : 0;
     }
     if (what == 0) {
-      device::cp_async_4(device::shared_address(&shared_.expiry[x]), expiry_ + j, valid);
+      device::cp_async_4(device::shared_address(&shared_.expiry[x]), shared_.constants.expiry + j,
+                         valid);
     } else {
-      Sequence const& s = span_.sequence;
-      float const* const scores = p_.scores + p_.stride_scores_batch * s.index +
-                                  p_.stride_scores_head * kv_head_ +
-                                  p_.stride_scores_position * s.first_key;
       device::cp_async_4(device::shared_address(&shared_.score[x]),
-                         scores + p_.stride_scores_position * j, valid);
+                         shared_.constants.scores + p_.stride_scores_position * j, valid);
     }
   }
 
@@ -237,38 +186,34 @@ class AttendBlock {
     int const i = min(max(begin_ + static_cast<int>(threadIdx.x), first_), end_ - 1);
     shared_.window_begin[threadIdx.x] = p_.foreign ? INT_MAX : window_begin(p_, i);
     if (!p_.scores) return;
-    Sequence const& s = span_.sequence;
-    float const* const threshold = p_.threshold + p_.stride_chunk_batch * s.index +
-                                   p_.stride_chunk_head * kv_head_ +
-                                   (p_.cu_seqlens_k ? s.first_key / p_.chunk_size + s.index : 0);
-    shared_.threshold[threadIdx.x] = threshold[i / p_.chunk_size];
+    shared_.threshold[threadIdx.x] = shared_.constants.threshold[i / p_.chunk_size];
   }
 
-  // --- the loop --------------------------------------------------------------------------------------------------------
+  // --- the loop -----------------------------------------------------------------------------------
   __device__ void attend_to_keys() {
     int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int const warp_row = warp * Config::kRowsPerWarp;
-    // ldmatrix: A takes rows lane % 16 and column halves lane / 16; K the columns' halves first; V, transposed, as A.
+    // ldmatrix: A takes rows lane % 16 and column halves lane / 16; K the columns' halves first; V,
+    // transposed, as A.
     std::uint32_t const q_address =
         device::shared_address(&shared_.q[warp_row + lane % 16][0]) + lane / 16 * 16;
     std::uint32_t const k_address =
         device::shared_address(&shared_.k[lane / 16 * 8 + lane % 8][0]) + lane / 8 % 2 * 16;
     std::uint32_t const v_address =
         device::shared_address(&shared_.v[lane % 16][0]) + lane / 16 * 16;
-    clear_accumulators();
     if (p_.source == KeySource::kLists) {
       load_positions(0, 0);
       load_positions(kKeys, 1);
     }
     load_queries();
     load_row_data();
-    load_rows(shared_.k, k_, p_.stride_k_position);
+    load_keys(shared_.k, shared_.constants.k, p_.stride_k_position);
     load_key_data();
 
     bool more = true, adjust_queries = p_.q_and != ~0u || p_.q_xor != 0;
     while (more) {
       wait_for_copies();
-      load_rows(shared_.v, v_, p_.stride_v_position);
+      load_keys(shared_.v, shared_.constants.v, p_.stride_v_position);
       if (block_.entry >= 0)
         load_positions(block_.entry + 2 * kKeys, next_slot(next_slot(position_slot_)));
       if (adjust_queries) {
@@ -280,14 +225,13 @@ class AttendBlock {
           block_.entry >= 0 || block_.first < min(begin_ + warp_row + Config::kRowsPerWarp, end_);
       float s[kRowTiles][kKeyTiles][4];
       if (visible) {
-        multiply_scores(s, q_address, k_address);
-        weigh(s, warp_row);
+        weigh(s, warp_row, q_address, k_address);
       }
       wait_for_copies();
       if (block_.entry >= 0) position_slot_ = next_slot(position_slot_);
       more = find_next_block();
       if (more) {
-        load_rows(shared_.k, k_, p_.stride_k_position);
+        load_keys(shared_.k, shared_.constants.k, p_.stride_k_position);
         load_key_data();
       }
       if (visible) multiply_values(s, v_address);
@@ -315,7 +259,8 @@ class AttendBlock {
     }
   }
 
-  // A scale that is not positive: the sign goes to the warp's own queries, so that larger products are larger scores.
+  // A scale that is not positive: the sign goes to the warp's own queries, so that larger products
+  // are larger scores.
   __device__ void apply_sign(int warp_row) {
     int const lane = threadIdx.x % 32;
     for (int x = lane; x < Config::kRowsPerWarp * (kHeadDim / 2); x += 32) {
@@ -380,9 +325,15 @@ class AttendBlock {
     }
   }
 
-  // --- mask, softmax, gate ---------------------------------------------------------------------------------------------
-  // From scores to weights, in place. Updates reference, sum, and rescales the output where the reference changes.
-  __device__ void weigh(float (&s)[kRowTiles][kKeyTiles][4], int warp_row) {
+  // --- mask, softmax, gate ------------------------------------------------------------------------
+  // The block's weights, 2^(s scale - reference) times the gate, and their sums.
+  //
+  // The reference is the row's maximum over the first block of which it sees a key. It need not be
+  // the maximum of all, only near enough for a float16 to hold the weights. The sums tell when it
+  // is not: then the block is computed once more, with the maximum raised and the output rescaled.
+  // So most blocks neither look for their maximum nor rescale.
+  __device__ void weigh(float (&s)[kRowTiles][kKeyTiles][4], int warp_row, std::uint32_t q_address,
+                        std::uint32_t k_address) {
     // The warp's queries that exist, and what this block is to them.
     int const low = max(begin_ + warp_row, first_);
     bool const listed = block_.entry >= 0;
@@ -405,15 +356,38 @@ class AttendBlock {
     }
     if (!p_.scores) gate = GateKind::kOne;
 
-    if (mask != Mask::kNone) apply_mask(s, warp_row, mask, listed);
-    raise_reference(s);
-    if (gate == GateKind::kOne) {
-      exponentiate(s);
-    } else if (gate == GateKind::kKey) {
-      p_.value_gate ? exponentiate_key_gate<true>(s) : exponentiate_key_gate<false>(s);
-    } else {
-      exponentiate_pair_gate(s, warp_row, listed);
+    bool without = false;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) without |= reference_[m][h] == -CUDART_INF_F;
+    bool raise = __any_sync(~0u, without);
+    float sum[kRowTiles][2];
+    for (;;) {
+      multiply_scores(s, q_address, k_address);
+      if (mask != Mask::kNone) apply_mask(s, warp_row, mask, listed);
+      if (raise) raise_reference(s);
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) sum[m][0] = sum[m][1] = 0.f;
+      if (gate == GateKind::kOne) {
+        exponentiate(s, sum);
+      } else if (gate == GateKind::kKey) {
+        p_.value_gate ? exponentiate_key_gate<true>(s, sum) : exponentiate_key_gate<false>(s, sum);
+      } else {
+        exponentiate_pair_gate(s, sum, warp_row, listed);
+      }
+      bool large = false;
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) large |= !(sum[m][h] <= kMaxWeight);
+      if (raise || !__any_sync(~0u, large)) break;
+      raise = true;
     }
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) sum_[m][h] += sum[m][h];
   }
 
   // Position of a thread's row: row tile m, half h.
@@ -458,12 +432,8 @@ class AttendBlock {
     }
   }
 
-  // Weights are 2^(s scale - reference). The reference need not be the maximum: it is raised where weights would exceed 2^8 (a
-  // 16-bit float holds 2^15), for all rows of the warp when any needs it, so that most blocks rescale nothing.
+  // Raises the references to the maxima of this block and rescales what has been summed.
   __device__ void raise_reference(float const (&s)[kRowTiles][kKeyTiles][4]) {
-    constexpr float kSlack = 8.f;
-    float top[kRowTiles][2];
-    bool raise = false;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -471,18 +441,9 @@ class AttendBlock {
         float x = fmaxf(s[m][0][2 * h], s[m][0][2 * h + 1]);
 #pragma unroll
         for (int n = 1; n < kKeyTiles; ++n) x = fmaxf(x, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
-        top[m][h] = x * p_.scale_log2;
-        raise |= top[m][h] > reference_[m][h] + kSlack;
-      }
-    if (!__any_sync(~0u, raise)) return;
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float x = top[m][h];
         x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
         x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-        x = fmaxf(x, reference_[m][h]);
+        x = fmaxf(x * p_.scale_log2, reference_[m][h]);
         // Without a key so far both are -inf and nothing has been summed.
         float const factor =
             reference_[m][h] == x ? 1.f : device::exp2_approx(reference_[m][h] - x);
@@ -499,7 +460,7 @@ class AttendBlock {
     return reference_[m][h] == -CUDART_INF_F ? 0.f : -reference_[m][h];
   }
 
-  __device__ void exponentiate(float (&s)[kRowTiles][kKeyTiles][4]) {
+  __device__ void exponentiate(float (&s)[kRowTiles][kKeyTiles][4], float (&sum)[kRowTiles][2]) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -510,14 +471,15 @@ class AttendBlock {
 #pragma unroll
           for (int e = 2 * h; e < 2 * h + 2; ++e) {
             s[m][n][e] = device::exp2_approx(fmaf(s[m][n][e], p_.scale_log2, offset));
-            sum_[m][h] += s[m][n][e];
+            sum[m][h] += s[m][n][e];
           }
       }
   }
 
   // One gate for each key: all queries are in one chunk.
   template <bool kValueGate>
-  __device__ void exponentiate_key_gate(float (&s)[kRowTiles][kKeyTiles][4]) {
+  __device__ void exponentiate_key_gate(float (&s)[kRowTiles][kKeyTiles][4],
+                                        float (&sum)[kRowTiles][2]) {
     float const threshold = shared_.threshold[0];
 #pragma unroll
     for (int n = 0; n < kKeyTiles; ++n) {
@@ -530,13 +492,13 @@ class AttendBlock {
           float const weight =
               device::exp2_approx(fmaf(s[m][n][e], p_.scale_log2, exponent_offset(m, e / 2)));
           s[m][n][e] = weight * gate[e % 2];
-          sum_[m][e / 2] += kValueGate ? weight : s[m][n][e];
+          sum[m][e / 2] += kValueGate ? weight : s[m][n][e];
         }
     }
   }
 
-  __device__ void exponentiate_pair_gate(float (&s)[kRowTiles][kKeyTiles][4], int warp_row,
-                                         bool listed) {
+  __device__ void exponentiate_pair_gate(float (&s)[kRowTiles][kKeyTiles][4],
+                                         float (&sum)[kRowTiles][2], int warp_row, bool listed) {
     float threshold[kRowTiles][2];
     int window[kRowTiles][2];  // first column of the row's window
 #pragma unroll
@@ -559,15 +521,16 @@ class AttendBlock {
           float const weight =
               device::exp2_approx(fmaf(s[m][n][e], p_.scale_log2, exponent_offset(m, e / 2)));
           s[m][n][e] = weight * gate;
-          sum_[m][e / 2] += p_.value_gate ? weight : s[m][n][e];
+          sum[m][e / 2] += p_.value_gate ? weight : s[m][n][e];
         }
     }
   }
 
-  // --- results ---------------------------------------------------------------------------------------------------------
+  // --- results ------------------------------------------------------------------------------------
   __device__ void store() {
     int const lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * Config::kRowsPerWarp;
-    Sequence const& s = span_.sequence;
+    Sequence const& s = shared_.constants.sequence;
+    __syncwarp();  // the warp's last products have read its queries
     std::int64_t const first_row =
         static_cast<std::int64_t>(begin_) - s.query_offset() + s.first_query;  // of the block, in q
 #pragma unroll
@@ -596,30 +559,31 @@ class AttendBlock {
     __syncwarp();
     char* const out = static_cast<char*>(p_.out) +
                       2 * (p_.stride_out_batch * s.index + p_.stride_out_head * q_head_);
-    for (int x = lane; x < Config::kRowsPerWarp * kPieces; x += 32) {
-      int const row = warp_row + x / kPieces, column = x % kPieces * 8, i = begin_ + row;
-      if (i < first_ || i >= last_ || column >= p_.head_dim) continue;
-      T const* const source = &shared_.q[row][column];
-      char* const target = out + 2 * (p_.stride_out_position * (first_row + row) + column);
-      if (p_.aligned_stores) {
-        *reinterpret_cast<uint4*>(target) = *reinterpret_cast<uint4 const*>(source);
-      } else {
-        for (int e = 0; e < min(8, p_.head_dim - column); ++e)
-          reinterpret_cast<T*>(target)[e] = source[e];
+    int const lane_row = warp_row + lane / kLanesPerRow, lane_column = lane % kLanesPerRow * 8;
+#pragma unroll 4
+    for (int row = lane_row; row < warp_row + Config::kRowsPerWarp; row += 32 / kLanesPerRow) {
+      if (begin_ + row < first_ || begin_ + row >= last_) continue;
+      char* const target = out + 2 * p_.stride_out_position * (first_row + row);
+#pragma unroll
+      for (int column = lane_column; column < kHeadDim; column += kLanesPerRow * 8) {
+        T const* const source = &shared_.q[row][column];
+        if (p_.aligned_stores && column < p_.head_dim) {
+          *reinterpret_cast<uint4*>(target + 2 * column) = *reinterpret_cast<uint4 const*>(source);
+        } else {
+          for (int e = 0; e < min(8, p_.head_dim - column); ++e)
+            reinterpret_cast<T*>(target)[column + e] = source[e];
+        }
       }
     }
   }
 
   AttendParams const& p_;
   Storage& shared_;
-  int const tile_, q_head_, kv_head_;
-  TileSpan span_;
+  int const q_head_;
   int begin_;         // position of the block's row 0
   int first_, last_;  // its queries
   int end_;         // those before the sequence's length end here, and so do the keys that they see
   bool one_chunk_;  // all of the tile's queries up to end_ are in one chunk
-  char const *k_, *v_;
-  std::int32_t const *expiry_, *list_ = nullptr;
   int list_size_ = 0;
   KeyBlock block_;
   int position_slot_ = 0;
@@ -627,8 +591,9 @@ class AttendBlock {
   float reference_[kRowTiles][2], sum_[kRowTiles][2];  // sum: of this thread's columns
 };
 
-// A block for each (query head, tile, part of a tile). Blocks that run together share keys: the query heads of a group come
-// first, then the parts and tiles of a head, late tiles, which may see more keys, before early ones.
+// A block for each (query head, tile, part of a tile). Blocks that run together share keys: the
+// query heads of a group come first, then the parts and tiles of a head, late tiles, which may see
+// more keys, before early ones.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(AttendConfig<T, kHeadDim>::kNumThreads,
                                   AttendConfig<T, kHeadDim>::kBlocksPerProcessor)

@@ -1,9 +1,10 @@
-// Prepares the tiles of an attention call: where the tiles of packed sequences lie, the latest expiry of each group of keys,
-// and for each tile the ascending list of the pool keys that it sees.
+// Prepares the tiles of an attention call: where the tiles of packed sequences lie, the latest
+// expiry of each group of keys, and for each tile the ascending list of the pool keys that it sees.
 //
-// A key that has left never returns, and a tile's first query sees every pool key of the tile's list. So the list of a tile is the
-// list of the tile before without what expired, followed by those keys of the tile's advance that are still visible: a warp walks
-// a run of consecutive tiles. Where a run begins in mid-sequence the first list comes from a scan of all keys before it, which
+// A key that has left never returns, and a tile's first query sees every pool key of the tile's
+// list. So the list of a tile is the list of the tile before without what expired, followed by
+// those keys of the tile's advance that are still visible: a warp walks a run of consecutive tiles.
+// Where a run begins in mid-sequence the first list comes from a scan of all keys before it, which
 // skips the groups of keys that are wholly expired.
 #include "cuda/portable/attend/tile_lists.cuh"
 
@@ -16,12 +17,14 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kWarpsPerBlock = 8;
 constexpr int kEnumerateThreads = 1024;
-// Runs of tiles are cut so that this many warps have work, if there are as many tiles: 16 for each of 132 processors.
+// Runs of tiles are cut so that this many warps have work, if there are as many tiles: 16 for each
+// of 132 processors.
 constexpr int kTargetWarps = 2048;
 // But not shorter than this: a run pays one scan.
 constexpr int kMinRun = 4;
 
-// Packed batches: first_tile[b] and tile_sequence, by one block. NOTE: one block is enough; 64 sequences of 8192 tokens are 4096 tiles.
+// Packed batches: first_tile[b] and tile_sequence, by one block. NOTE: one block is enough; 64
+// sequences of 8192 tokens are 4096 tiles.
 __global__ void __launch_bounds__(kEnumerateThreads) enumerate_tiles(AttendParams const p) {
   __shared__ int warp_total[kEnumerateThreads / kWarp];
   int const tid = threadIdx.x, lane = tid % kWarp, warp = tid / kWarp;
@@ -79,7 +82,8 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarp)
   }
 }
 
-// A list that a warp appends to in lane order. What exceeds the capacity is dropped: no list of a true selection does.
+// A list that a warp appends to in lane order. What exceeds the capacity is dropped: no list of a
+// true selection does.
 struct ListWriter {
   std::int32_t* list;
   int capacity, size;
