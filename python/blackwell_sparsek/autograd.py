@@ -8,6 +8,7 @@ carries the gradient of the thresholds to the scores.
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 from blackwell_sparsek._arguments import CPU, CUDA
 from blackwell_sparsek._library import LIBRARY
@@ -40,6 +41,25 @@ def require_backward(
             f"attend_backward is missing here, but an input requires grad: {answer.reason}. "
             'backend="reference" has a backward; torch.no_grad() does without one'
         )
+
+
+def wants_gradients(*tensors) -> bool:
+    """Whether a call must be differentiable; NotImplementedError for transforms that it cannot follow."""
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.compiler.is_compiling():
+        if forward_ad._current_level >= 0:
+            _refuse_forward_mode(tensors)
+        if wanted and torch._C._functorch.peek_interpreter_stack() is not None:
+            raise NotImplementedError(
+                "torch.func transforms that differentiate are not supported: use torch.autograd"
+            )
+    return wanted
+
+
+def _refuse_forward_mode(tensors) -> None:
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError("forward-mode derivatives are not supported")
 
 
 def _save_for_backward(ctx, inputs, output):

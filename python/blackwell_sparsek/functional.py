@@ -9,7 +9,7 @@ from torch import Tensor
 
 from blackwell_sparsek import fused, ops, projection  # noqa: F401  (they define the operators)
 from blackwell_sparsek._arguments import name_of
-from blackwell_sparsek.autograd import require_backward
+from blackwell_sparsek.autograd import require_backward, wants_gradients
 from blackwell_sparsek.selection import (
     DEFAULT_CHUNK_SIZE,
     DEFAULT_NUM_SELECTED,
@@ -167,12 +167,7 @@ def attention_forward(
         >>> out = attention_forward(q, k, v, torch.randn(1, 8, 4096), num_selected=256, window=128)
     """
     backend = backend or "auto"
-    wants_gradients = torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (scores is not None and scores.requires_grad)
-    )
+    differentiable = wants_gradients(q, k, v, scores)
     if scores is not None and backend == "reference" and q.dtype == torch.float64:
         scores = scores.to(torch.float64)
     if selection is None:
@@ -184,7 +179,7 @@ def attention_forward(
             DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size,
             num_candidates,
         )
-        if not wants_gradients:
+        if not differentiable:
             out, lse = _OPS.attention_forward(
                 q, k, v, scores, lengths, *configuration, gate, sm_scale, return_lse, backend
             )
@@ -202,7 +197,7 @@ def attention_forward(
         selected = (selection.expiry, selection.threshold, selection.last_candidate)
         max_keys_per_tile = selection.max_keys_per_tile
 
-    if wants_gradients and not torch.compiler.is_compiling() and q.dim() == k.dim() == 4:
+    if differentiable and not torch.compiler.is_compiling() and q.dim() == k.dim() == 4:
         # The operator checks it too, but only after it ran.
         is_foreign = selected[1] is None
         require_backward(q, k, configuration, is_foreign, max_keys_per_tile, gate, backend)
@@ -217,7 +212,7 @@ def attention_forward(
         max_keys_per_tile,
         gate,
         sm_scale,
-        return_lse or wants_gradients,
+        return_lse or differentiable,
         backend,
     )
     return (out, lse) if return_lse else out
@@ -311,13 +306,8 @@ def attention_varlen_forward(
     if scores is not None and backend == "reference" and q.dtype == torch.float64:
         scores = scores.to(torch.float64)
     configuration = (num_selected, window, chunk_size, num_candidates)
-    wants_gradients = torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (scores is not None and scores.requires_grad)
-    )
-    if wants_gradients:
+    differentiable = wants_gradients(q, k, v, scores)
+    if differentiable:
         if backend != "reference":
             raise NotImplementedError(
                 "attend_backward is missing here for packed sequences, but an input requires grad: "
@@ -397,6 +387,7 @@ def sparsek(z: Tensor, k: int, dim: int = -1) -> Tensor:
         raise ValueError(f"z: expected float32 or float64, got {name_of(z.dtype)}")
     if not -z.dim() <= dim < z.dim():
         raise ValueError(f"dim: expected between {-z.dim()} and {z.dim() - 1}, got {dim}")
+    wants_gradients(z)
     moved = z.movedim(dim, -1)
     p = _OPS.sparsek(moved.reshape(-1, moved.shape[-1]), k)
     return p.reshape(moved.shape).movedim(-1, dim)

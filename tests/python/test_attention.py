@@ -80,6 +80,15 @@ def small(device) -> Inputs:
 OPTIONS = {"num_selected": 32, "window": 16, "chunk_size": 16}
 
 
+def assert_same(mine: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Equal on the CPU. On CUDA another layout or another order of heads may take another kernel or schedule."""
+    if mine.device.type == "cpu":
+        assert torch.equal(mine, theirs)
+    else:
+        tolerance = 2 * torch.finfo(mine.dtype).eps
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+
+
 def test_enough_keys_give_dense_causal_attention(small):
     k = small.k.repeat_interleave(2, dim=1)
     v = small.v.repeat_interleave(2, dim=1)
@@ -186,7 +195,7 @@ def test_shuffling_heads_and_batch_shuffles_the_output(small):
     shuffled = bs.attention_forward(
         *(t.flip(0, 1) for t in (small.q, small.k, small.v, small.scores)), **OPTIONS
     )
-    assert torch.equal(shuffled, out.flip(0, 1))
+    assert_same(shuffled, out.flip(0, 1))
 
 
 def test_every_layout_gives_the_same_values(device):
@@ -198,8 +207,8 @@ def test_every_layout_gives_the_same_values(device):
         attend(inputs.to(dtype, device, layout), case, target)
         for layout in ("bhsd", "bshd", "sliced")
     ]
-    assert torch.equal(outs[0], outs[1])
-    assert torch.equal(outs[0], outs[2])
+    assert_same(outs[0], outs[1])
+    assert_same(outs[0], outs[2])
     # Outputs take the layout of q where it is dense.
     assert outs[1].transpose(1, 2).is_contiguous()
 
@@ -212,7 +221,7 @@ def test_expanded_keys(small):
     same = bs.attention_forward(
         small.q, k.contiguous(), v.contiguous(), scores.contiguous(), **OPTIONS
     )
-    assert torch.equal(out, same)
+    assert_same(out, same)
 
 
 def test_nan_stays_in_its_row(small):

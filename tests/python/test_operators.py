@@ -290,3 +290,54 @@ def test_show_config(capsys):
     text = capsys.readouterr().out
     assert bs.__version__ in text
     assert torch.__version__ in text
+
+
+# ---- other transforms of torch -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_forward_mode_is_refused(backend):
+    """Never a silent loss of a tangent."""
+    small = make_small("cpu")
+
+    def attention(q):
+        return bs.attention_forward(q, small.k, small.v, small.scores, **OPTIONS, backend=backend)
+
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(attention, (small.q,), (small.q,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(small.q, small.q)
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            attention(dual)
+        attention(small.q)
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            bs.sparsek(torch.autograd.forward_ad.make_dual(small.scores, small.scores), 3)
+
+
+def test_func_grad_is_refused():
+    small = make_small("cpu")
+
+    def loss(q):
+        out = bs.attention_forward(
+            q, small.k, small.v, small.scores, **OPTIONS, backend="reference"
+        )
+        return out.sum()
+
+    with pytest.raises(NotImplementedError, match=r"torch\.func"):
+        torch.func.grad(loss)(small.q)
+
+
+def test_checkpointing():
+    small = make_small("cpu")
+
+    def attention(q):
+        return bs.attention_forward(
+            q, small.k, small.v, small.scores, **OPTIONS, backend="reference"
+        )
+
+    plain = small.q.clone().requires_grad_()
+    attention(plain).square().sum().backward()
+    recomputed = small.q.clone().requires_grad_()
+    out = torch.utils.checkpoint.checkpoint(attention, recomputed, use_reentrant=False)
+    out.square().sum().backward()
+    assert torch.equal(recomputed.grad, plain.grad)
