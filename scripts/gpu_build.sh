@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Builds what a machine with a Hopper GPU needs to check and time the CUDA code, on a machine that may have none:
+# sparsek_cuda_check, sparsek_cuda_bench and the static libraries that scripts/gpu_python.sh links the Python extension
+# with. The result lies in .carry/gpu, stripped. SPARSEK_CUDA_ARCHITECTURES names other architectures than 90a,
+# SPARSEK_CMAKE_ARGS adds arguments to CMake's, JOBS limits the compilers that run at once.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH:/usr/local/cuda/bin"
+
+if ! command -v nvcc >/dev/null; then
+  echo "gpu_build: no nvcc on PATH (CUDA toolkit >= 12.8 needed)" >&2
+  exit 1
+fi
+
+build=build/gpu out=.carry/gpu log=build/gpu.log
+options=(-DCMAKE_BUILD_TYPE=Release -DSPARSEK_CUDA=on -DSPARSEK_BUILD_TESTS=ON -DSPARSEK_BUILD_BENCHMARKS=ON
+  "-DSPARSEK_CUDA_ARCHITECTURES=${SPARSEK_CUDA_ARCHITECTURES:-90a}")
+if command -v ccache >/dev/null; then
+  options+=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
+fi
+mkdir -p build "$out"
+
+# shellcheck disable=SC2086  # SPARSEK_CMAKE_ARGS is a list of words
+if ! { cmake -S . -B "$build" -G Ninja "${options[@]}" ${SPARSEK_CMAKE_ARGS:-} &&
+  cmake --build "$build" ${JOBS:+-j "$JOBS"} --target sparsek sparsek_cuda_check sparsek_cuda_bench; } >"$log" 2>&1; then
+  grep -n -m 20 -i 'error' "$log" >&2 || true
+  tail -n 20 "$log" >&2
+  echo "gpu_build: failed; the whole log is in $log" >&2
+  exit 1
+fi
+
+# The runtime that the library was compiled for, beside it.
+cudart=$(sed -n 's/^CUDA_cudart_static_LIBRARY:[A-Z]*=//p' "$build/CMakeCache.txt")
+cp "$build/libsparsek.a" "$cudart" "$build/tests/cpp/sparsek_cuda_check" "$build/benchmarks/sparsek_cuda_bench" "$out"
+strip --strip-debug "$out"/*.a
+strip "$out/sparsek_cuda_check" "$out/sparsek_cuda_bench"
+du -sh "$out"
