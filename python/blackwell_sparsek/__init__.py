@@ -16,6 +16,7 @@ of its past with the largest learned scores (SparseK; Lou, Jia, Zheng, Tu, arXiv
 ``capability``                 which kernel a call would run, or why none does
 """
 
+from blackwell_sparsek import _core
 from blackwell_sparsek.capability import Capability, build_info, capability, show_config
 from blackwell_sparsek.functional import (
     attention_forward,
@@ -26,7 +27,7 @@ from blackwell_sparsek.functional import (
 )
 from blackwell_sparsek.selection import Selection, SelectionConfiguration
 
-__version__ = build_info()["version"]
+__version__ = _core.version()
 
 __all__ = [
     "Capability",

@@ -122,6 +122,13 @@ def dense_attention_of(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     )
 
 
+@functools.lru_cache(maxsize=1024)
+def plain_attention_of(case: Case, dtype: torch.dtype) -> Tensor:
+    """The dense formula computed in a dtype: the error that is to be compared with."""
+    out, _ = dense_attention_of(case, make_inputs(case).to(dtype, "cpu", "bhsd"))
+    return out
+
+
 def find_case(name: str) -> Case:
     return next(case for case in load_cases() if case.name == name)
 

@@ -10,10 +10,10 @@ from conftest import (
     Target,
     assert_out_close,
     default_dtype,
-    dense_attention_of,
     expected_of,
     find_case,
     gate_error_of,
+    plain_attention_of,
     skip_unless_supported,
 )
 
@@ -47,7 +47,7 @@ def test_against_reference(case, target, dtype):
         return
     skip_unless_supported(case, target, dtype)
     expected = expected_of(case)
-    plain, _ = dense_attention_of(case, expected.inputs.to(dtype, "cpu", "bhsd"))
+    plain = plain_attention_of(case, dtype)
     inputs = poison(expected.inputs).to(dtype, target.device, case.layout)
     out, lse = attend(inputs, case, target, return_lse=True)
     assert out.dtype == dtype
@@ -289,3 +289,28 @@ def test_reference_takes_tensors_of_any_device(device):
     out = attend(inputs, case, Target(device, "reference"))
     assert out.device.type == device
     assert_out_close(out, expected.out)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("name", ["default_small", "c1_value", "head_dim_33", "ragged_c16_group_3"])
+def test_every_instruction_set(name, isa, monkeypatch):
+    case = find_case(name)
+    expected = expected_of(case)
+    monkeypatch.setenv("BLACKWELL_SPARSEK_CPU_ISA", isa)
+    try:
+        assert bs.build_info()["cpu_isa"] == isa
+    except ValueError as error:
+        pytest.skip(str(error))
+    for dtype in DTYPES:
+        plain = plain_attention_of(case, dtype)
+        inputs = poison(expected.inputs).to(dtype, "cpu", case.layout)
+        out = attend(inputs, case, Target("cpu", None))
+        gate_error = gate_error_of(case, expected.inputs)
+        largest = float(expected.inputs.v.abs().max())
+        assert_out_close(out, expected.out, plain, gate_error * largest)
+
+
+def test_unknown_instruction_set(monkeypatch):
+    monkeypatch.setenv("BLACKWELL_SPARSEK_CPU_ISA", "mmx")
+    with pytest.raises(ValueError, match="BLACKWELL_SPARSEK_CPU_ISA"):
+        bs.attention_forward(*(torch.randn(1, 1, 4, 8) for _ in range(3)))
