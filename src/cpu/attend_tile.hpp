@@ -28,14 +28,6 @@ static_assert(kKeyBlock % kMicroRows == 0 && kKeyBlock % 2 == 0);
 constexpr float kLog2E = 1.44269504088896340736F;
 constexpr float kLn2 = 0.693147180559945309417F;
 
-template <typename T>
-SPARSEK_INLINE T smaller(T a, T b) {
-  return b < a ? b : a;
-}
-template <typename T>
-SPARSEK_INLINE T larger(T a, T b) {
-  return a < b ? b : a;
-}
 SPARSEK_INLINE int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
@@ -114,10 +106,10 @@ class TileKernel {
       init_rows(r);
       pack_q(r);
     }
-    int64_t const blocks = larger<int64_t>(1, (t_.num_keys + kKeyBlock - 1) / kKeyBlock);
+    int64_t const blocks = larger_of<int64_t>(1, (t_.num_keys + kKeyBlock - 1) / kKeyBlock);
     int64_t const block_size = round_up((t_.num_keys + blocks - 1) / blocks, kMicroRows);
     for (int64_t first = 0; first < t_.num_keys; first += block_size) {
-      load_keys(first, smaller(block_size, t_.num_keys - first));
+      load_keys(first, smaller_of(block_size, t_.num_keys - first));
       pack_v();
       for (int64_t r = 0; r < row_blocks_; ++r) {
         RowBlock& rows = scratch_.rows[r];
@@ -135,24 +127,24 @@ class TileKernel {
   void init_rows(int64_t block) {
     RowBlock& rows = scratch_.rows[block];
     int64_t const first = block * kRowBlock;
-    rows.num_rows = smaller<int64_t>(kRowBlock, t_.num_rows - first);
+    rows.num_rows = smaller_of<int64_t>(kRowBlock, t_.num_rows - first);
     rows.num_vectors = static_cast<int>((rows.num_rows + kLanes - 1) / kLanes);
     rows.uniform_threshold = true;
     rows.has_output = false;
     for (int64_t r = 0; r < kRowBlock; ++r) {
-      int64_t const row = first + smaller(r, rows.num_rows - 1);
+      int64_t const row = first + smaller_of(r, rows.num_rows - 1);
       int32_t const position = t_.position[row];
       rows.position[r] = position;
       rows.max[r] = -kInfinity;
       rows.sum[r] = 0.0F;
       rows.pool_end[r] = t_.gate == Gate::kNone ? 0 : t_.pool_end[row];
       rows.threshold[r] = t_.gate == Gate::kNone ? 0.0F : t_.threshold[row];
-      rows.min_position = r ? smaller(rows.min_position, position) : position;
-      rows.max_position = r ? larger(rows.max_position, position) : position;
-      rows.min_pool_end = r ? smaller(rows.min_pool_end, rows.pool_end[r]) : rows.pool_end[r];
-      rows.max_pool_end = r ? larger(rows.max_pool_end, rows.pool_end[r]) : rows.pool_end[r];
+      rows.min_position = r ? smaller_of(rows.min_position, position) : position;
+      rows.max_position = r ? larger_of(rows.max_position, position) : position;
+      rows.min_pool_end = r ? smaller_of(rows.min_pool_end, rows.pool_end[r]) : rows.pool_end[r];
+      rows.max_pool_end = r ? larger_of(rows.max_pool_end, rows.pool_end[r]) : rows.pool_end[r];
       int32_t& vector_max = rows.vector_max_position[r / kLanes];
-      vector_max = r % kLanes ? larger(vector_max, position) : position;
+      vector_max = r % kLanes ? larger_of(vector_max, position) : position;
       if (rows.threshold[r] != rows.threshold[0]) rows.uniform_threshold = false;
     }
   }
@@ -164,7 +156,7 @@ class TileKernel {
     for (int r0 = 0; r0 < rows.num_vectors * kLanes; r0 += kLanes) {
       Element const* row[kLanes];
       for (int i = 0; i < kLanes; ++i) {
-        int64_t const r = smaller<int64_t>(r0 + i, rows.num_rows - 1);
+        int64_t const r = smaller_of<int64_t>(r0 + i, rows.num_rows - 1);
         row[i] = static_cast<Element const*>(t_.q[block * kRowBlock + r]);
       }
       for (int64_t w = 0; w < words_; w += kLanes) {
@@ -193,6 +185,9 @@ class TileKernel {
       keys_.expiry[t] = t_.expiry[position];
       keys_.score[t] = t_.gate == Gate::kNone ? 0.0F : t_.scores[position * t_.stride_scores];
       Element const* const row = k_row(position);
+      // NOTE: rows of selected keys are scattered, out of the hardware prefetchers' reach.
+      prefetch_row(row);
+      prefetch_row(v_row(position));
       if (in_place) {
         keys_.k[t] = reinterpret_cast<int32_t const*>(row);
         continue;
@@ -203,6 +198,11 @@ class TileKernel {
       }
       keys_.k[t] = packed;
     }
+  }
+
+  void prefetch_row(Element const* row) const {
+    constexpr int64_t kLine = 64 / sizeof(Element);
+    for (int64_t d = 0; d < t_.head_dim; d += kLine) __builtin_prefetch(row + d);
   }
 
   // v by slices of kVecs vectors along head_dim, so that a slice is contiguous: [slice][step][vector]. A step is kPerWord keys.
@@ -216,7 +216,7 @@ class TileKernel {
       }
       for (int64_t d = 0; d < width_; d += kLanes) {
         int64_t const slice = d / kSlice * kSlice;
-        int64_t const slice_width = smaller<int64_t>(kSlice, width_ - slice);
+        int64_t const slice_width = smaller_of<int64_t>(kSlice, width_ - slice);
         store(v_slice(slice) + s * slice_width + (d - slice),
               Words::key_words(rows, d, t_.head_dim));
       }
@@ -245,7 +245,7 @@ class TileKernel {
   // S^T of the first `count` keys in units of log 2, -inf where a row does not see the key; and the new maxima.
   void compute_scores(RowBlock& rows, int32_t const* q, int64_t count) {
     for (int first = 0; first < rows.num_vectors; first += kVecs) {
-      int const end = smaller(first + kVecs, rows.num_vectors);
+      int const end = smaller_of(first + kVecs, rows.num_vectors);
       VecF max[kVecs];
       for (int v = 0; v < kVecs; ++v) max[v] = broadcast(-kInfinity);
       for_row_blocks(count, [&](auto num_keys, int64_t t) {
@@ -275,7 +275,7 @@ class TileKernel {
     int32_t min_expiry = keys_.expiry[t];
     for (int i = 0; i < kKeys; ++i) {
       k[i] = keys_.k[t + i];
-      min_expiry = smaller(min_expiry, keys_.expiry[t + i]);
+      min_expiry = smaller_of(min_expiry, keys_.expiry[t + i]);
     }
     VecF sums[kKeys][kCols] = {};
     multiply_block<Words>(k, 1, q + first_vector * kLanes, kRowBlock, words_, sums);
@@ -293,7 +293,7 @@ class TileKernel {
                             (position < broadcast(keys_.expiry[t + i]));
           s = seen ? s : broadcast(-kInfinity);
         }
-        block_max = max_of(block_max, s);
+        block_max = larger(s, block_max);
         store(score(t + i, first_vector + v), s);
       }
       max[v] = block_max;
@@ -303,7 +303,7 @@ class TileKernel {
   static void update_max(RowBlock& rows, int vector, VecF block_max) {
     int const r = vector * kLanes;
     VecF const old_max = load<VecF>(rows.max + r);
-    VecF const new_max = max_of(old_max, block_max);
+    VecF const new_max = larger(block_max, old_max);
     // Where nothing has been seen yet both are -inf: the difference would be NaN.
     VecF const finite_max = new_max > broadcast(-kInfinity) ? new_max : VecF{};
     store(rows.rescale + r, exp2_nonpositive(old_max - finite_max));
@@ -326,7 +326,7 @@ class TileKernel {
   void compute_gated_weights(RowBlock& rows, int64_t count) {
     constexpr int kPer = Words::kPerWord;
     for (int first = 0; first < rows.num_vectors; first += kVecs) {
-      with_vectors(smaller(kVecs, rows.num_vectors - first), [&](auto num_vectors) {
+      with_vectors(smaller_of(kVecs, rows.num_vectors - first), [&](auto num_vectors) {
         constexpr int kCols = num_vectors.value;
         VecF max[kCols], sum[kCols];
         for (int v = 0; v < kCols; ++v) {
@@ -363,7 +363,7 @@ class TileKernel {
     bool const gated = kGate != Gate::kNone && position < rows.max_pool_end;
     bool const same_gate = rows.uniform_threshold && position < rows.min_pool_end;
     float const u = keys_.score[t];
-    float const shared = smaller(larger(u - rows.threshold[0], 0.0F), 1.0F);
+    float const shared = smaller_of(larger_of(u - rows.threshold[0], 0.0F), 1.0F);
 #pragma GCC unroll 4
     for (int v = 0; v < kCols; ++v) {
       int const r = (first_vector + v) * kLanes;
@@ -374,7 +374,7 @@ class TileKernel {
         if (!same_gate) {
           VecF const margin = u - load<VecF>(rows.threshold + r);
           VecI const in_pool = broadcast(position) < load<VecI>(rows.pool_end + r);
-          gate = at_most(at_least(margin, VecF{}), broadcast(1.0F));
+          gate = smaller(broadcast(1.0F), larger(VecF{}, margin));
           gate = in_pool ? gate : broadcast(1.0F);
         }
         weight = e * gate;
@@ -389,14 +389,15 @@ class TileKernel {
     constexpr int kPer = Words::kPerWord;
     auto const* const weights = reinterpret_cast<int32_t const*>(scratch_.scores);
     for (int64_t slice = 0; slice < width_; slice += kSlice) {
-      int const slice_vectors = static_cast<int>(smaller<int64_t>(kSlice, width_ - slice) / kLanes);
+      int const slice_vectors =
+          static_cast<int>(smaller_of<int64_t>(kSlice, width_ - slice) / kLanes);
       int32_t const* const v = v_slice(slice);
       for_row_blocks(rows.num_rows, [&](auto num_rows, int64_t r) {
         constexpr int kRows = num_rows.value;
         int32_t last = rows.position[r];
         int32_t const* words[kRows];
         for (int i = 0; i < kRows; ++i) {
-          last = larger(last, rows.position[r + i]);
+          last = larger_of(last, rows.position[r + i]);
           words[i] = weights + r + i;
         }
         int64_t const steps = (keys_up_to(last) + kPer - 1) / kPer;
@@ -428,8 +429,9 @@ class TileKernel {
       bool const empty = rows.max[r] == -kInfinity && rows.sum[r] == 0.0F;
       float const* const accumulator = scratch_.accumulator + row * width_;
       float const normalise = empty ? 0.0F : 1.0F / rows.sum[r];
-      for (int64_t d = 0; d < t_.head_dim; ++d) {
-        store_element(out + d, empty ? 0.0F : accumulator[d] * normalise);
+      for (int64_t d = 0; d < t_.head_dim; d += kLanes) {
+        VecF const o = empty ? VecF{} : load<VecF>(accumulator + d) * normalise;
+        store_floats(out + d, o, t_.head_dim - d);
       }
       if (t_.lse) {
         *t_.lse[row] = empty ? -kInfinity : rows.max[r] * kLn2 + logf(rows.sum[r]);

@@ -17,7 +17,21 @@ struct Fp16 {
 
 SPARSEK_INLINE VecF to_float(VecF x) { return x; }
 
-SPARSEK_INLINE VecU widen(VecH x) { return __builtin_convertvector(x, VecU); }
+// NOTE: GCC splits the conversion of 16 elements into two halves.
+SPARSEK_INLINE VecU widen(VecH x) {
+#if defined(__AVX512F__)
+  return (VecU)_mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)x);
+#else
+  return __builtin_convertvector(x, VecU);
+#endif
+}
+SPARSEK_INLINE VecH narrow(VecU x) {
+#if defined(__AVX512F__)
+  return (VecH)_mm512_maskz_cvtepi32_epi16(0xFFFF, (__m512i)x);
+#else
+  return __builtin_convertvector(x, VecH);
+#endif
+}
 
 SPARSEK_INLINE VecF bf16_to_float(VecH x) { return (VecF)(widen(x) << 16); }
 
@@ -58,36 +72,49 @@ SPARSEK_INLINE VecF load_floats(Fp16 const* row, int64_t count) {
   return fp16_to_float(load_elements<VecH>(row, count));
 }
 
-// Round to nearest, ties to even.
-SPARSEK_INLINE uint16_t to_bf16(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+// Conversions from float round to nearest, ties to even.
+SPARSEK_INLINE VecH float_to_bf16(VecF x) {
+  VecU const bits = (VecU)x;
+  VecU const rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  VecU const quiet = bits >> 16 | 0x40;
+  return narrow(x != x ? quiet : rounded);
 }
 
-SPARSEK_INLINE uint16_t to_fp16(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  uint32_t const sign = bits >> 16 & 0x8000;
-  uint32_t const magnitude = bits & 0x7FFFFFFF;
-  if (magnitude > 0x7F800000) return static_cast<uint16_t>(sign | 0x7E00);   // NaN
-  if (magnitude >= 0x477FF000) return static_cast<uint16_t>(sign | 0x7C00);  // rounds to infinity
-  if (magnitude < 0x38800000) {  // subnormal: the sum's low mantissa bits are the result
-    float f;
-    __builtin_memcpy(&f, &magnitude, 4);
-    f += 0.5F;
-    uint32_t sum;
-    __builtin_memcpy(&sum, &f, 4);
-    return static_cast<uint16_t>(sign | (sum - 0x3F000000));
-  }
-  uint32_t const rounded = magnitude + 0xFFF + (magnitude >> 13 & 1);
-  return static_cast<uint16_t>(sign | (rounded - 0x38000000) >> 13);
+SPARSEK_INLINE VecH float_to_fp16(VecF x) {
+#if defined(__AVX512F__)
+  return (VecH)_mm512_maskz_cvtps_ph(0xFFFF, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (VecH)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  VecU const bits = (VecU)x;
+  VecU const magnitude = bits & 0x7FFFFFFF;
+  // Exponent moved from bias 127 to 15.
+  VecU const normal = (magnitude + 0xFFF + (magnitude >> 13 & 1) - 0x38000000) >> 13;
+  // The sum with 0.5 is rounded to a multiple of 2^-24, the unit of a subnormal half: its low bits are the result.
+  VecU const subnormal = (VecU)((VecF)magnitude + 0.5F) - 0x3F000000;
+  VecU half = magnitude < 0x38800000 ? subnormal : normal;
+  half = magnitude >= 0x477FF000 ? VecU{} + 0x7C00 : half;  // rounds to infinity
+  half = magnitude > 0x7F800000 ? VecU{} + 0x7E00 : half;   // NaN
+  return narrow(half | (bits >> 16 & 0x8000));
+#endif
 }
 
-SPARSEK_INLINE void store_element(float* p, float x) { *p = x; }
-SPARSEK_INLINE void store_element(Bf16* p, float x) { p->bits = to_bf16(x); }
-SPARSEK_INLINE void store_element(Fp16* p, float x) { p->bits = to_fp16(x); }
+// Stores the first `count` lanes, or all if it is larger.
+template <typename V, typename Element>
+SPARSEK_INLINE void store_elements(Element* row, V v, int64_t count) {
+  constexpr int64_t kCount = sizeof(V) / sizeof(Element);
+  if (count >= kCount) return store(row, v);
+  __builtin_memcpy(row, &v, count * sizeof(Element));
+}
+SPARSEK_INLINE void store_floats(float* row, VecF x, int64_t count) {
+  store_elements(row, x, count);
+}
+SPARSEK_INLINE void store_floats(Bf16* row, VecF x, int64_t count) {
+  store_elements(row, float_to_bf16(x), count);
+}
+SPARSEK_INLINE void store_floats(Fp16* row, VecF x, int64_t count) {
+  store_elements(row, float_to_fp16(x), count);
+}
 
 // The matrix kernels multiply 32-bit words: a vector of kLanes words by one word that all lanes share. How many numbers a word
 // holds is the operand type's business.
@@ -120,6 +147,10 @@ struct FloatWords {
 };
 
 #if defined(__AVX512BF16__)
+SPARSEK_INLINE VecU lane_numbers() {
+  return VecU{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+}
+
 // Two bfloat16 per word: VDPBF16PS adds both products.
 struct Bf16Words {
   static constexpr int kPerWord = 2;
@@ -138,9 +169,10 @@ struct Bf16Words {
     return (VecI)(low | widen(load_elements<VecH>(rows[1] + first, head_dim - first)) << 16);
   }
   static SPARSEK_INLINE VecI weight_words(VecF const weights[2]) {
-    VecU const low = widen((VecH)_mm512_cvtneps_pbh((__m512)weights[0]));
-    VecU const high = widen((VecH)_mm512_cvtneps_pbh((__m512)weights[1]));
-    return (VecI)(low | high << 16);
+    // Lanes 0 ... 15 of both come out one after the other; a word takes lane i of each.
+    auto const pairs = (__m512i)_mm512_cvtne2ps_pbh((__m512)weights[1], (__m512)weights[0]);
+    VecU const low_then_high = lane_numbers() | (lane_numbers() + kLanes) << 16;
+    return (VecI)_mm512_permutexvar_epi16((__m512i)low_then_high, pairs);
   }
 };
 #endif

@@ -6,6 +6,7 @@
 // per key, whatever the chunk size.
 #pragma once
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <limits>
 
@@ -15,17 +16,18 @@ namespace sparsek::cpu {
 
 class PrefixThreshold {
  public:
-  // `saturated` and `interior` hold num_candidates + 1 floats each; 1 <= k <= num_candidates.
-  PrefixThreshold(std::int64_t k, std::int64_t num_candidates, float* saturated, float* interior)
+  // `saturated` and `interior` hold num_candidates + 1 scores each; 1 <= k <= num_candidates.
+  PrefixThreshold(std::int64_t k, std::int64_t num_candidates, std::int32_t* saturated,
+                  std::int32_t* interior)
       : k_(k), num_candidates_(num_candidates), saturated_(saturated), interior_(interior) {}
 
   // A key enters the pool.
   void insert(float score) {
     double const x = shifted(score);
     if (x >= t_ + 1.0) {
-      saturated_.push(score);
+      saturated_.push(order_of(score));
     } else if (x > t_) {
-      interior_.push(score);
+      interior_.push(order_of(score));
       interior_sum_ += x;
     } else {
       return;
@@ -37,8 +39,9 @@ class PrefixThreshold {
   double solve() {
     // Between two breakpoints the sum falls linearly. Walk over the breakpoints at which it is still k or more.
     for (;;) {
-      double const dies = interior_.empty() ? kInfinity : shifted(interior_.min());
-      double const unsaturates = saturated_.empty() ? kInfinity : shifted(saturated_.min()) - 1.0;
+      double const dies = interior_.empty() ? kInfinity : shifted(score_of(interior_.min()));
+      double const unsaturates =
+          saturated_.empty() ? kInfinity : shifted(score_of(saturated_.min())) - 1.0;
       double const next = std::min(dies, unsaturates);
       auto const saturated = static_cast<double>(saturated_.size());
       auto const interior = static_cast<double>(interior_.size());
@@ -47,20 +50,20 @@ class PrefixThreshold {
       if (saturated_.size() < k_ &&
           saturated + (interior_sum_ - interior * next) < static_cast<double>(k_)) {
         t_ = std::max(t_, (saturated + interior_sum_ - static_cast<double>(k_)) / interior);
-        if (t_ > kMaxShift) rebase(interior_.min());
+        if (t_ > kMaxShift) rebase(score_of(interior_.min()));
         return static_cast<double>(base_) + t_;
       }
       if (dies <= unsaturates) {
         remove_interior_min();
         t_ = dies;
       } else {
-        float const score = saturated_.pop();
+        float const score = score_of(saturated_.pop());
         t_ = unsaturates;
         if (interior_.empty() || shifted(score) > kMaxShift) {
           rebase(score);
           t_ = -1.0;
         }
-        interior_.push(score);
+        interior_.push(order_of(score));
         interior_sum_ += shifted(score);
       }
     }
@@ -73,6 +76,11 @@ class PrefixThreshold {
   // rebasing costs O(1) per key on average.
   static constexpr double kMaxShift = 2.0;
 
+  // Heaps hold scores as integers of the same order: their comparisons need no branch. The map is its own inverse on the bits.
+  static std::int32_t order_of(float score) { return flip(std::bit_cast<std::int32_t>(score)); }
+  static float score_of(std::int32_t order) { return std::bit_cast<float>(flip(order)); }
+  static std::int32_t flip(std::int32_t bits) { return bits ^ (bits >> 31 & 0x7FFFFFFF); }
+
   double shifted(float score) const {
     return static_cast<double>(score) - static_cast<double>(base_);
   }
@@ -81,11 +89,11 @@ class PrefixThreshold {
     t_ += static_cast<double>(base_) - static_cast<double>(base);
     base_ = base;
     interior_sum_ = 0.0;
-    for (float const score : interior_) interior_sum_ += shifted(score);
+    for (std::int32_t const order : interior_) interior_sum_ += shifted(score_of(order));
   }
 
   void remove_interior_min() {
-    double const x = shifted(interior_.pop());
+    double const x = shifted(score_of(interior_.pop()));
     interior_sum_ = interior_.empty() ? 0.0 : interior_sum_ - x;
   }
 
@@ -99,7 +107,7 @@ class PrefixThreshold {
   }
 
   std::int64_t k_, num_candidates_;
-  MinHeap<float> saturated_, interior_;
+  MinHeap<std::int32_t> saturated_, interior_;
   float base_ = 0.0F;
   double t_ = -kInfinity;      // tau - base_
   double interior_sum_ = 0.0;  // of the shifted interior scores

@@ -46,11 +46,11 @@ struct Workspace {
   Workspace(std::int64_t num_selected, std::int64_t num_candidates)
       : selected(std::make_unique_for_overwrite<std::uint64_t[]>(num_selected)),
         candidates(std::make_unique_for_overwrite<std::uint64_t[]>(num_candidates)),
-        saturated(std::make_unique_for_overwrite<float[]>(num_candidates + 1)),
-        interior(std::make_unique_for_overwrite<float[]>(num_candidates + 1)) {}
+        saturated(std::make_unique_for_overwrite<std::int32_t[]>(num_candidates + 1)),
+        interior(std::make_unique_for_overwrite<std::int32_t[]>(num_candidates + 1)) {}
 
   std::unique_ptr<std::uint64_t[]> selected, candidates;
-  std::unique_ptr<float[]> saturated, interior;
+  std::unique_ptr<std::int32_t[]> saturated, interior;
 };
 
 struct Row {
@@ -94,6 +94,7 @@ void select_row(SelectProblem const& p, Row const& row, std::int64_t num_selecte
         }
         if (evicted >= 0) row.expiry[evicted] = static_cast<std::int32_t>(chunk_begin);
         if (num_selected > 0) threshold.insert(score);
+        if (!row.last_candidate) continue;
         if (candidates.size() < num_candidates) {
           candidates.push(rank);
         } else if (num_candidates > 0 && candidates.min() < rank) {
