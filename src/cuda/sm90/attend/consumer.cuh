@@ -1,0 +1,637 @@
+// A consumer warpgroup: 64 query rows of a tile, one 128-key block after another.
+//
+// Every step issues the scores of one block together with the output product of the block before, across tiles and heads: first block,
+// slots, last block, next tile's first block ... So the matrix units have work while the weights of a block are computed, and the two
+// warpgroups take turns in issuing (named barriers 1 and 2).
+#pragma once
+#include <type_traits>
+
+#include "cuda/device/hopper.cuh"
+#include "cuda/device/mma_sync.cuh"
+#include "cuda/device/wgmma.cuh"
+#include "cuda/sm90/attend/config.hpp"
+
+namespace sparsek::cuda::sm90 {
+
+template <typename T, int kDim, Mode kMode, bool kValueGate>
+class Consumer {
+  using L = Layout<kDim, kMode>;
+  static constexpr int kK16 = kDim / 16;     // 16-column steps of the score product
+  static constexpr int kOutRegs = kDim / 2;  // accumulators of the output
+  static constexpr bool kGeneral = kMode == Mode::kGeneral;
+  template <int N>
+  using Int = std::integral_constant<int, N>;
+  using Scores128 = float[64];
+  using Scores64 = float[32];
+
+  // A tile's first block sets the reference exponent kHeadroom above its row maximum. Later blocks are weighed without looking for a
+  // maximum: fp16 has room for weights 2^(kHeadroom + 14) times the first block's largest, and the sums show whether that sufficed. If not,
+  // the scores are still there: find the maximum, rescale, weigh again. Each warp decides for itself.
+  static constexpr float kHeadroom = 8.f, kSumLimit = 16384.f;
+  // Stands for "no key seen yet": exponents of finite scores overflow against it, which leads to the path above.
+  static constexpr float kNoReference = -1e30f;
+
+ public:
+  __device__ __forceinline__ Consumer(Params const& p, std::uint32_t smem, char* generic, int wg)
+      : p_(p), smem_(smem), generic_(generic), wg_(wg), scale_(p.scale_log2) {
+    desc_k_ = device::matrix_descriptor(smem, 16, 1024);
+    desc_v_ = device::matrix_descriptor(smem, L::kHalfBytes, 1024);
+  }
+
+  __device__ __forceinline__ void run() {
+    if (wg_ == 1) device::named_barrier_arrive(1, 256);
+    load_queries();
+    load_plan();
+    first_tile();
+    for (;;) {
+      bool const more = flags_ & kMore, single = flags_ & kSingle;
+      if (!single) later_blocks();  // loads the next tile's queries, if there is one
+      if (!more) break;
+      if (single) load_queries();
+      load_plan();
+      next_tile();
+    }
+    last_output();
+  }
+
+ private:
+  // --- small things ---------------------------------------------------------------------------------------------------
+  __device__ __forceinline__ int tid() const { return threadIdx.x & 127; }
+  __device__ __forceinline__ int lane() const { return threadIdx.x & 31; }
+  __device__ __forceinline__ int warp() const { return (threadIdx.x & 127) >> 5; }
+  __device__ __forceinline__ int quad() const { return threadIdx.x & 3; }
+  __device__ __forceinline__ std::uint32_t barrier(int i) const {
+    return smem_ + L::kBarriers + i * 8;
+  }
+  __device__ __forceinline__ void wait(int i, std::uint32_t parity) const {
+    device::mbarrier_wait(barrier(i), parity & 1);
+  }
+  __device__ __forceinline__ void release(int i) const {
+    if (lane() == 0) device::mbarrier_arrive(barrier(i));
+  }
+  __device__ __forceinline__ TilePlan const& plan(int tile_count) const {
+    return reinterpret_cast<TilePlan const*>(generic_ + L::kPlans)[tile_count & 1];
+  }
+  // Which 64 rows of the tile: rows 64 * half() + ...
+  __device__ __forceinline__ int half() const { return wg_ ^ (flags_ & kSwapHalves ? 1 : 0); }
+  // This thread's rows of the tile are row() and row() + 8.
+  __device__ __forceinline__ int row() const { return 64 * half() + warp() * 16 + (lane() >> 2); }
+  // Address of this lane's row in this warpgroup's part of Q; 16-column step kk.
+  __device__ __forceinline__ std::uint32_t query_address(int kk) const {
+    int const r = warp() * 16 + (lane() & 15);
+    std::uint32_t const chunk = (lane() >> 4) ^ (lane() & 7);
+    return smem_ + L::kQ + wg_ * L::kQBytes + r * 128 + ((chunk ^ (2 * kk & 7)) << 4) +
+           (kk >> 2) * (64 * 128);
+  }
+
+  // --- queries ----------------------------------------------------------------------------------------------------------
+  // Waits for the next tile's queries and plan. Registers `Q` hold the queries, so that their buffer can stage the output.
+  __device__ __forceinline__ void load_queries() {
+    wait(kFullQ + wg_, tiles_);
+    std::uint32_t r[4];
+#pragma unroll
+    for (int kk = 0; kk < kK16; ++kk) {
+      device::ldmatrix_x4(r, query_address(kk));
+      Q_[4 * kk] = r[0], Q_[4 * kk + 1] = r[1], Q_[4 * kk + 2] = r[2], Q_[4 * kk + 3] = r[3];
+    }
+  }
+  __device__ __forceinline__ void load_plan() {
+    TilePlan const& next = plan(tiles_);
+    // NOTE: broadcast, so that the compiler knows that the branches on them are uniform; else it serialises the products.
+    flags_ = __shfl_sync(~0u, next.flags, 0);
+    tile_ = __shfl_sync(~0u, next.tile, 0);
+    blocks_ = __shfl_sync(~0u, next.num_blocks, 0);
+    ++tiles_;
+    if (kGeneral) {
+      // Thresholds of this thread's two rows, and where their pools end relative to the window tile.
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        int const position = tile_ * kTile + row() + 8 * r;
+        int const chunk = position / p_.chunk_size;
+        int const valid_chunk =
+            min(chunk, (tile_ * kTile + max(next.row_end, 1) - 1) / p_.chunk_size);
+        tau_[r] = p_.gated ? p_.threshold[next.chunk_offset + valid_chunk] : 0.f;
+        pool_end_[r] = p_.gated ? chunk * p_.chunk_size - p_.window - (tile_ - 1) * kTile : -kTile;
+      }
+    }
+  }
+
+  // --- products -----------------------------------------------------------------------------------------------------------
+  __device__ __forceinline__ std::uint64_t key_descriptor(int base, int kk) const {
+    return desc_k_ + (base >> 4) + (kk & 3) * 2 + (kk >> 2) * (L::kHalfBytes >> 4);
+  }
+  // S = Q K^T for 128 or 64 keys, or S += where the gates are in S already.
+  template <int N, bool kAccumulate>
+  __device__ __forceinline__ void multiply_keys(float (&S)[N], int base,
+                                                std::bool_constant<kAccumulate>) {
+    using Mma = device::Wgmma<T, N, device::BLayout::kKMajor>;
+#pragma unroll
+    for (int kk = 0; kk < kK16; ++kk) {
+      std::uint32_t const* const q = Q_ + 4 * kk;
+      if (kk == 0 && !kAccumulate)
+        Mma::first(S, q[0], q[1], q[2], q[3], key_descriptor(base, kk));
+      else
+        Mma::next(S, q[0], q[1], q[2], q[3], key_descriptor(base, kk), 1);
+    }
+    device::wgmma_commit();
+  }
+  // O (+)= P V for the first kKeys keys.
+  template <int kKeys>
+  __device__ __forceinline__ void multiply_values(int base, bool accumulate, Int<kKeys>) {
+    using Mma = device::Wgmma<T, kOutRegs, device::BLayout::kNMajor>;
+#pragma unroll
+    for (int kk = 0; kk < kKeys / 16; ++kk) {
+      std::uint32_t const* const w = P_ + 4 * kk;
+      Mma::next(O_, w[0], w[1], w[2], w[3], desc_v_ + (base >> 4) + kk * 128, kk > 0 || accumulate);
+    }
+    device::wgmma_commit();
+  }
+  template <typename Prepare>
+  __device__ __forceinline__ void begin_products(Prepare&& prepare) {
+    device::named_barrier_sync(1 + wg_, 256);
+    prepare();
+    device::pin(O_), device::pin(P_), device::pin(Q_);
+    device::wgmma_fence();
+  }
+  __device__ __forceinline__ void end_products() { device::named_barrier_arrive(2 - wg_, 256); }
+
+  // --- softmax ------------------------------------------------------------------------------------------------------------
+  __device__ __forceinline__ static float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+  }
+  template <int N>
+  __device__ __forceinline__ void row_max(float (&S)[N], float& x0, float& x1) const {
+    x0 = S[0], x1 = S[2];
+    float y0 = S[1], y1 = S[3];
+#pragma unroll
+    for (int j = 1; j < N / 4; ++j) {
+      x0 = fmaxf(x0, S[4 * j]), y0 = fmaxf(y0, S[4 * j + 1]);
+      x1 = fmaxf(x1, S[4 * j + 2]), y1 = fmaxf(y1, S[4 * j + 3]);
+    }
+    x0 = quad_max(fmaxf(x0, y0)) * scale_, x1 = quad_max(fmaxf(x1, y1)) * scale_;
+  }
+
+  // Which gates weigh a block's columns in general mode.
+  enum class Columns { kPlain, kSlots, kWindow, kDiagonal };
+
+  // Gates of 4 columns (16 g + 2 q, + 1, + 8, + 9) for this thread's two rows.
+  template <Columns kColumns>
+  __device__ __forceinline__ void gates_of(int g, int block, float (&m)[2][4]) const {
+    int const place = g * 16 + quad() * 4;
+    int const base =
+        kColumns == Columns::kSlots ? L::kSlotScore + block * kTile * 4 : L::kWindowScore;
+    float4 const u = *reinterpret_cast<float4 const*>(generic_ + base + place * 4);
+    float const score[4] = {u.x, u.y, u.z, u.w};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        m[r][c] = __saturatef(score[c] - tau_[r]);
+        if (kColumns != Columns::kSlots) {
+          int const column = 16 * g + 2 * quad() + (c & 1) + (c >> 1) * 8 +
+                             (kColumns == Columns::kDiagonal ? kTile : 0);
+          if (column >= pool_end_[r]) m[r][c] = 1.f;
+        }
+      }
+    }
+  }
+
+  // Weights of keys 16 g ... 16 g + 15.
+  template <Columns kColumns, int N>
+  __device__ __forceinline__ void weigh(float (&S)[N], int g, int block) {
+    float m[2][4];
+    constexpr bool kGated = kGeneral && kColumns != Columns::kPlain;
+    if (kGated) gates_of<kColumns>(g, block, m);
+#pragma unroll
+    for (int i = 8 * g; i < 8 * g + 8; i += 4) {
+      int const c = (i & 4) >> 1;
+      float const a = device::exp2_approx(fmaf(S[i], scale_, -m0_));
+      float const b = device::exp2_approx(fmaf(S[i + 1], scale_, -m0_));
+      float const d = device::exp2_approx(fmaf(S[i + 2], scale_, -m1_));
+      float const e = device::exp2_approx(fmaf(S[i + 3], scale_, -m1_));
+      if (!kGated) {
+        s0_ += a, r0_ += b, s1_ += d, r1_ += e;
+        P_[i / 2] = device::pack2<T>(a, b), P_[i / 2 + 1] = device::pack2<T>(d, e);
+      } else {
+        float const ma = a * m[0][c], mb = b * m[0][c + 1], md = d * m[1][c], me = e * m[1][c + 1];
+        // Value gate: the gate weighs the value, not the normaliser.
+        s0_ += kValueGate ? a : ma, r0_ += kValueGate ? b : mb;
+        s1_ += kValueGate ? d : md, r1_ += kValueGate ? e : me;
+        P_[i / 2] = device::pack2<T>(ma, mb), P_[i / 2 + 1] = device::pack2<T>(md, me);
+      }
+    }
+  }
+  __device__ __forceinline__ void clear_sums() { s0_ = s1_ = r0_ = r1_ = 0.f; }
+  template <Columns kColumns, int N>
+  __device__ __forceinline__ void weigh_block(float (&S)[N], int block) {
+    clear_sums();
+#pragma unroll
+    for (int g = 0; g < N / 8; ++g) weigh<kColumns>(S, g, block);
+  }
+  template <Columns kColumns, int N>
+  __device__ __forceinline__ void weigh_and_check(float (&S)[N], int block) {
+    weigh_block<kColumns>(S, block);
+    if (__any_sync(~0u, !(s0_ + r0_ < kSumLimit && s1_ + r1_ < kSumLimit))) {
+      float x0, x1;
+      row_max(S, x0, x1);
+      float const n0 = fmaxf(m0_, x0 + kHeadroom), n1 = fmaxf(m1_, x1 + kHeadroom);
+      float const c0 = device::exp2_approx(m0_ - n0), c1 = device::exp2_approx(m1_ - n1);
+      m0_ = n0, m1_ = n1, l0_ *= c0, l1_ *= c1;
+#pragma unroll
+      for (int j = 0; j < kOutRegs / 4; ++j) {
+        O_[4 * j] *= c0, O_[4 * j + 1] *= c0, O_[4 * j + 2] *= c1, O_[4 * j + 3] *= c1;
+      }
+      weigh_block<kColumns>(S, block);
+    }
+    l0_ += s0_ + r0_, l1_ += s1_ + r1_;
+  }
+
+  // --- masks ----------------------------------------------------------------------------------------------------------------
+  // Causal mask of the diagonal tile's keys kBegin ...
+  template <int kBegin, int N>
+  __device__ __forceinline__ void mask_future(float (&S)[N]) const {
+    int const last = row() - 2 * quad();
+#pragma unroll
+    for (int j = kBegin / 8; j < N / 4; ++j) {
+      if (8 * j > last) S[4 * j] = -INFINITY;
+      if (8 * j + 1 > last) S[4 * j + 1] = -INFINITY;
+      if (8 * j > last + 8) S[4 * j + 2] = -INFINITY;
+      if (8 * j + 1 > last + 8) S[4 * j + 3] = -INFINITY;
+    }
+  }
+  // General mode: a key is seen by rows before its expiry; `rows_before`: rows from the tile that the expiries count from to this one.
+  template <int N>
+  __device__ __forceinline__ void mask_expired(float (&S)[N], int expiry_base,
+                                               int rows_before) const {
+    int const r = row() + rows_before;
+#pragma unroll
+    for (int g = 0; g < N / 8; ++g) {
+      uint2 const e =
+          *reinterpret_cast<uint2 const*>(generic_ + expiry_base + (g * 16 + quad() * 4) * 2);
+      int const until[4] = {static_cast<int>(e.x & 0xffff), static_cast<int>(e.x >> 16),
+                            static_cast<int>(e.y & 0xffff), static_cast<int>(e.y >> 16)};
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        int const i = 8 * g + (c >> 1) * 4 + (c & 1);
+        if (r >= until[c]) S[i] = -INFINITY;
+        if (r + 8 >= until[c]) S[i + 2] = -INFINITY;
+      }
+    }
+  }
+
+  // Aligned: the gates enter as the initial value of the accumulators.
+  __device__ __forceinline__ void fetch_gates(float (&X)[32], int block) const {
+    std::uint32_t const address =
+        smem_ + L::kGate + (slot_uses_ & 1) * L::kGateBytes + block * kTile * 4 + quad() * 16;
+#pragma unroll
+    for (int i = 0; i < 32; i += 4) {
+      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(X[i]), "=f"(X[i + 1]), "=f"(X[i + 2]), "=f"(X[i + 3])
+                   : "r"(address + 16 * i));
+    }
+  }
+  __device__ __forceinline__ static void spread_gates(Scores128& S, float (&X)[32]) {
+    device::pin(X);
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      S[4 * j] = S[4 * j + 2] = X[2 * j], S[4 * j + 1] = S[4 * j + 3] = X[2 * j + 1];
+    }
+  }
+
+  // --- steps ----------------------------------------------------------------------------------------------------------------
+  // The window slot's next use: remembers the parity of its fill for V, waits for K.
+  __device__ __forceinline__ void use_window(bool fresh) {
+    if (fresh) ++window_fills_;
+    wait(kFullWindowK, window_fills_ - 1);
+  }
+
+  // Masks a block of the window slot and gives the first reference exponent.
+  template <int N>
+  __device__ __forceinline__ void mask_first(float (&S)[N]) {
+    if (flags_ & kDiagonalFirst) {
+      mask_future<0>(S);
+      if (kGeneral && !p_.diagonal_plain) mask_expired(S, L::kWindowExpiry, 0);
+    } else if (kGeneral) {
+      mask_expired(S, L::kWindowExpiry, kTile);
+    }
+  }
+  __device__ __forceinline__ void set_reference(Scores128& S) {
+    row_max(S, m0_, m1_);
+    if (kGeneral) m0_ = fmaxf(m0_, kNoReference), m1_ = fmaxf(m1_, kNoReference);
+    m0_ += kHeadroom, m1_ += kHeadroom;
+  }
+  // Weights of the first block; `between` runs after every 16 keys.
+  template <typename Between>
+  __device__ __forceinline__ void weigh_first(Scores128& S, Between&& between) {
+    clear_sums();
+    if (kGeneral && !(flags_ & kDiagonalFirst)) {
+#pragma unroll
+      for (int g = 0; g < 8; ++g) weigh<Columns::kWindow>(S, g, 0), between(g);
+    } else if (kGeneral && !p_.diagonal_plain) {
+#pragma unroll
+      for (int g = 0; g < 8; ++g) weigh<Columns::kDiagonal>(S, g, 0), between(g);
+    } else {
+#pragma unroll
+      for (int g = 0; g < 8; ++g) weigh<Columns::kPlain>(S, g, 0), between(g);
+    }
+    l0_ = s0_ + r0_, l1_ = s1_ + r1_;
+  }
+
+  // The very first block, not overlapped with anything.
+  __device__ __forceinline__ void first_tile() {
+    use_window(true);
+    Scores128 S;
+    device::pin(Q_);
+    device::wgmma_fence();
+    multiply_keys(S, L::kWindowK, std::false_type{});
+    device::wgmma_wait<0>();
+    device::pin(S), device::pin(Q_);
+    // NOTE: the queries' buffer is given back only now: the product has taken the registers, so every load from it has arrived. A barrier alone does not
+    // order ldmatrix before a bulk copy into the same place.
+    if (flags_ & kMore) {
+      device::named_barrier_sync(3 + wg_, 128);
+      if (tid() == 0) device::mbarrier_arrive(barrier(kEmptyQ + wg_));
+    }
+    after_first_scores();
+    if (kGeneral) wait(kFullWindowV, window_fills_ - 1);
+    mask_first(S);
+    set_reference(S);
+    weigh_first(S, [](int) {});
+    keys_in_last_ = 128;
+  }
+  // K of the window slot is free again once the first block's scores are there, unless the next tile uses it too.
+  __device__ __forceinline__ void after_first_scores() {
+    if (!(flags_ & kSingle) || (flags_ & kReleaseLast)) release(kEmptyWindowK);
+  }
+
+  // Slots and last block of a tile.
+  __device__ __forceinline__ void later_blocks() {
+    std::uint32_t const first_fill = window_fills_ - 1;
+    for (int block = 0; block < blocks_; ++block) {
+      Scores128 S;
+      int const k_base = L::kSlotK + block * L::kBlockBytes;
+      if constexpr (kGeneral) {
+        wait(kFullSlotK, slot_uses_);
+        begin_products([] {});
+        multiply_keys(S, k_base, std::false_type{});
+      } else {
+        float X[32];
+        wait(kFullGate + (slot_uses_ & 1), slot_uses_ >> 1);
+        fetch_gates(X, block);
+        wait(kFullSlotK, slot_uses_);
+        begin_products([&] { spread_gates(S, X); });
+        multiply_keys(S, k_base, std::true_type{});
+      }
+      if (block == 0)
+        wait(kFullWindowV, first_fill);
+      else
+        wait(kFullSlotV, slot_uses_);
+      device::wgmma_fence();
+      multiply_values(block == 0 ? L::kWindowV : L::kSlotV + (block - 1) * L::kBlockBytes,
+                      block > 0, Int<128>{});
+      end_products();
+      give_back_queries();
+      device::wgmma_wait<1>();
+      device::pin(S);
+      if (block + 1 == blocks_ && (flags_ & kReleaseSlots)) release(kEmptySlotK);
+      if constexpr (kGeneral) {
+        if (block == 0) wait(kFullGate, slot_uses_);
+        mask_expired(S, L::kSlotExpiry + block * kTile * 2, 0);
+      }
+      device::wgmma_wait<0>();
+      device::pin(O_), device::pin(P_), device::pin(Q_);
+      if (block == 0) release(kEmptyWindowV);
+      if (kGeneral && p_.gated) {
+        weigh_and_check<Columns::kSlots>(S, block);
+      } else {
+        weigh_and_check<Columns::kPlain>(S, block);
+      }
+    }
+
+    // The last block: the diagonal tile, or the window tile where the diagonal came first.
+    if (blocks_ > 0)
+      wait(kFullSlotV, slot_uses_);
+    else
+      wait(kFullWindowV, first_fill);
+    int const v_base = blocks_ > 0 ? L::kSlotV + (blocks_ - 1) * L::kBlockBytes : L::kWindowV;
+    use_window(true);
+    if (flags_ & kDiagonalFirst) {
+      last_block<128, Columns::kWindow>(v_base);
+    } else if (half() == 0) {  // keys 64 ... 127 are in these rows' future
+      last_block<64, Columns::kDiagonal>(v_base);
+    } else {
+      last_block<128, Columns::kDiagonal>(v_base);
+    }
+  }
+
+  template <int kKeys, Columns kColumns>
+  __device__ __forceinline__ void last_block(int v_base) {
+    float S[kKeys / 2];
+    bool const accumulate = blocks_ > 0;
+    begin_products([] {});
+    multiply_keys(S, L::kWindowK, std::false_type{});
+    device::wgmma_fence();
+    multiply_values(v_base, accumulate, Int<128>{});
+    end_products();
+    give_back_queries();
+    device::wgmma_wait<1>();
+    device::pin(S);
+    if (flags_ & kReleaseLast) release(kEmptyWindowK);
+    if constexpr (kColumns == Columns::kDiagonal) mask_future<kKeys == 64 ? 0 : 64>(S);
+    device::wgmma_wait<0>();
+    device::pin(O_), device::pin(P_), device::pin(Q_);
+    if (blocks_ == 0)
+      release(kEmptyWindowV);
+    else if (flags_ & kReleaseSlots)
+      release(kEmptySlotV);
+    if (blocks_ > 0 && (flags_ & kReleaseSlots)) ++slot_uses_;
+    if (flags_ & kMore) load_queries();
+    // Expiries and scores of the window slot come with V, whose place is free only now.
+    bool const plain = kColumns == Columns::kDiagonal && p_.diagonal_plain;
+    if (kGeneral && !plain) {
+      wait(kFullWindowV, window_fills_ - 1);
+      mask_expired(S, L::kWindowExpiry, kColumns == Columns::kWindow ? kTile : 0);
+    }
+    if (kGeneral && !plain && p_.gated)
+      weigh_and_check<kColumns>(S, 0);
+    else
+      weigh_and_check<Columns::kPlain>(S, 0);
+    keys_in_last_ = kKeys;
+  }
+
+  // First block of the next tile together with the output of the last block of this one, which finishes it.
+  __device__ __forceinline__ void next_tile() {
+    TilePlan const& old = plan(tiles_ - 2);
+    int const old_flags = __shfl_sync(~0u, old.flags, 0);
+    bool const old_single = old_flags & kSingle, old_release = old_flags & kReleaseLast;
+    std::uint32_t const old_fill = window_fills_ - 1;
+    use_window(flags_ & kFirstIsFresh);
+    Scores128 S;
+    auto const products = [&](auto keys) {
+      begin_products([] {});
+      multiply_keys(S, L::kWindowK, std::false_type{});
+      wait(kFullWindowV, old_fill);
+      device::wgmma_fence();
+      multiply_values(L::kWindowV, !old_single, keys);
+    };
+    if (keys_in_last_ == 128)
+      products(Int<128>{});
+    else
+      products(Int<64>{});
+    end_products();
+    finish();
+    device::wgmma_wait<1>();
+    device::pin(S);
+    after_first_scores();
+    if (!kGeneral) mask_first(S), set_reference(S);
+    device::wgmma_wait<0>();
+    device::pin(O_), device::pin(P_), device::pin(Q_);
+    if (old_release) release(kEmptyWindowV);
+    if (kGeneral) {  // a fresh block's expiries come with V, whose place is free only now
+      wait(kFullWindowV, window_fills_ - 1);
+      mask_first(S), set_reference(S);
+    }
+    bool const whole = stores_whole(old);
+    weigh_first(S, [&](int g) {
+      if (g < kK16 && whole) stage(g);
+    });
+    store(old, whole);
+    keys_in_last_ = 128;
+    if (flags_ & kSingle) give_back_queries();
+  }
+
+  // --- output ---------------------------------------------------------------------------------------------------------------
+  // Takes over the sums of the finished tile.
+  __device__ __forceinline__ void finish() {
+    l0_ += __shfl_xor_sync(~0u, l0_, 1), l1_ += __shfl_xor_sync(~0u, l1_, 1);
+    l0_ += __shfl_xor_sync(~0u, l0_, 2), l1_ += __shfl_xor_sync(~0u, l1_, 2);
+    done_.l0 = l0_, done_.l1 = l1_, done_.m0 = m0_, done_.m1 = m1_;
+    done_.i0 = l0_ > 0.f ? __frcp_rn(l0_) : 0.f, done_.i1 = l1_ > 0.f ? __frcp_rn(l1_) : 0.f;
+  }
+  __device__ __forceinline__ static int old_row(TilePlan const& old, int wg, int warp, int lane) {
+    return 64 * (wg ^ (old.flags & kSwapHalves ? 1 : 0)) + warp * 16 + (lane >> 2);
+  }
+  // Whether this warpgroup's 64 rows all exist, so that the copy engine can store them.
+  __device__ __forceinline__ bool stores_whole(TilePlan const& old) const {
+    int const begin = 64 * (wg_ ^ (old.flags & kSwapHalves ? 1 : 0));
+    return old.row_begin <= begin && old.row_end >= begin + 64;
+  }
+  // 16 of the columns, to this warpgroup's part of Q.
+  __device__ __forceinline__ void stage(int kk) {
+    device::stmatrix_x4(query_address(kk),
+                        device::pack2<T>(O_[8 * kk] * done_.i0, O_[8 * kk + 1] * done_.i0),
+                        device::pack2<T>(O_[8 * kk + 2] * done_.i1, O_[8 * kk + 3] * done_.i1),
+                        device::pack2<T>(O_[8 * kk + 4] * done_.i0, O_[8 * kk + 5] * done_.i0),
+                        device::pack2<T>(O_[8 * kk + 6] * done_.i1, O_[8 * kk + 7] * done_.i1));
+  }
+  __device__ __forceinline__ void store(TilePlan const& old, bool whole) {
+    int const r = old_row(old, wg_, warp(), lane());
+    if (p_.lse && quad() == 0) {
+      store_lse(old, r, done_.l0, done_.m0);
+      store_lse(old, r + 8, done_.l1, done_.m1);
+    }
+    if (whole) {
+      device::fence_async_proxy();
+      collect();
+      if (tid() == 0) {
+        int const position = old.q_position + 64 * (wg_ ^ (old.flags & kSwapHalves ? 1 : 0));
+        for (int half = 0; half < kDim / 64; ++half) {
+          device::tma_store(&p_.out, smem_ + L::kQ + wg_ * L::kQBytes + half * (64 * 128),
+                            half * 64, position, old.q_head, old.batch);
+        }
+        device::tma_store_commit();
+      }
+    } else {
+      store_row(old, r, 0, done_.i0);
+      store_row(old, r + 8, 2, done_.i1);
+      collect();
+    }
+    queries_pending_ = flags_ & kMore;
+  }
+  // This warpgroup's first warp waits for the others: the output is staged, the plan read.
+  __device__ __forceinline__ void collect() {
+    if (warp() == 0)
+      device::named_barrier_sync(3 + wg_, 128);
+    else
+      device::named_barrier_arrive(3 + wg_, 128);
+  }
+  __device__ __forceinline__ void store_lse(TilePlan const& old, int r, float l, float m) {
+    if (r < old.row_begin || r >= old.row_end) return;
+    p_.lse[old.lse_offset + r * p_.stride_lse_position] =
+        l > 0.f ? (m + __log2f(l)) * 0.69314718f : -INFINITY;
+  }
+  // Row r of a partly existing tile, from registers; `first`: 0 for row(), 2 for row() + 8.
+  __device__ __forceinline__ void store_row(TilePlan const& old, int r, int first, float inverse) {
+    if (r < old.row_begin || r >= old.row_end) return;
+    char* const row = p_.out_rows + old.batch * p_.stride_out_batch +
+                      old.q_head * p_.stride_out_head +
+                      static_cast<std::int64_t>(old.q_position + r) * p_.stride_out_position;
+#pragma unroll
+    for (int j = 0; j < kOutRegs / 4; ++j) {
+      int const column = 8 * j + 2 * quad();
+      if (column < p_.head_dim) {
+        *reinterpret_cast<std::uint32_t*>(row + column * 2) =
+            device::pack2<T>(O_[4 * j + first] * inverse, O_[4 * j + first + 1] * inverse);
+      }
+    }
+  }
+  // The queries' buffer, once the output of the tile before has been read from it.
+  __device__ __forceinline__ void give_back_queries() {
+    if (!queries_pending_) return;
+    queries_pending_ = false;
+    if (tid() == 0) {
+      device::tma_store_wait_read();
+      device::mbarrier_arrive(barrier(kEmptyQ + wg_));
+    }
+  }
+  // Output of the last block of this block's last tile.
+  __device__ __forceinline__ void last_output() {
+    TilePlan const& old = plan(tiles_ - 1);
+    wait(kFullWindowV, window_fills_ - 1);
+    bool const accumulate = !(flags_ & kSingle);
+    if (keys_in_last_ == 64) {  // one product for both cases
+#pragma unroll
+      for (int i = 16; i < 32; ++i) P_[i] = 0;
+    }
+    device::pin(O_), device::pin(P_);
+    device::wgmma_fence();
+    multiply_values(L::kWindowV, accumulate, Int<128>{});
+    if (tid() == 0) device::tma_store_wait_read();
+    device::named_barrier_sync(3 + wg_, 128);
+    device::wgmma_wait<0>();
+    device::pin(O_), device::pin(P_);
+    finish();
+    bool const whole = stores_whole(old);
+    if (whole) {
+#pragma unroll
+      for (int kk = 0; kk < kK16; ++kk) stage(kk);
+    }
+    store(old, whole);
+    if (tid() == 0) device::tma_store_wait();
+  }
+
+  Params const& p_;
+  std::uint32_t const smem_;
+  char* const generic_;
+  int const wg_;
+  float const scale_;
+  std::uint64_t desc_k_, desc_v_;
+
+  float O_[kOutRegs];          // output
+  std::uint32_t P_[32];        // weights, the next product's A operand
+  std::uint32_t Q_[kDim / 4];  // this tile's queries
+  float m0_ = 0.f, m1_ = 0.f, l0_ = 0.f,
+        l1_ = 0.f;           // reference exponent and this thread's part of the sum, two rows
+  float s0_, s1_, r0_, r1_;  // sums of one block
+  struct {
+    float l0, l1, m0, m1, i0, i1;
+  } done_;  // of the tile whose output is being finished
+  float tau_[2];
+  int pool_end_[2];
+  int flags_ = 0, tile_ = 0, blocks_ = 0, keys_in_last_ = 128;
+  bool queries_pending_ = false;
+  std::uint32_t tiles_ = 0, window_fills_ = 0, slot_uses_ = 0;
+};
+
+}  // namespace sparsek::cuda::sm90
