@@ -23,7 +23,7 @@ mkdir -p build "$out"
 # shellcheck disable=SC2086  # SPARSEK_CMAKE_ARGS is a list of words
 if ! { cmake -S . -B "$build" -G Ninja "${options[@]}" ${SPARSEK_CMAKE_ARGS:-} &&
   cmake --build "$build" ${JOBS:+-j "$JOBS"} --target sparsek sparsek_cuda_check sparsek_cuda_bench; } >"$log" 2>&1; then
-  grep -n -m 20 -i 'error' "$log" >&2 || true
+  grep -a -m 20 -E '(error|undefined reference)' "$log" >&2 || true
   tail -n 20 "$log" >&2
   echo "gpu_build: failed; the whole log is in $log" >&2
   exit 1

@@ -73,7 +73,7 @@ void add_extremes_of_head_count(std::vector<Row>& rows) {
   rows.push_back(make_row("one_long_group", {1, 3, 1, 8192, 8192, 64}, {128, 64, 1}, Gate::kValue));
   rows.push_back(make_row("heads_1536", {16, 96, 96, 70, 70, 64}, {16, 8, 16}, Gate::kSoftmax));
   rows.push_back(
-      make_row("heads_1536_default", {16, 96, 48, 257, 257, 128}, {256, 128, 128}, Gate::kSoftmax));
+      make_row("heads_1536_default", {16, 96, 48, 150, 150, 128}, {256, 128, 128}, Gate::kSoftmax));
 }
 
 void add_lengths(std::vector<Row>& rows) {
