@@ -213,6 +213,22 @@ def test_every_layout_gives_the_same_values(device):
     assert outs[1].transpose(1, 2).is_contiguous()
 
 
+def test_unaligned_rows(small):
+    """Rows that start at odd elements: no vector loads, no TMA, the same values."""
+
+    def unaligned(tensor):
+        buffer = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 1), float("nan"))
+        view = buffer[..., 1:]
+        view.copy_(tensor)
+        return view
+
+    out = bs.attention_forward(small.q, small.k, small.v, small.scores, **OPTIONS)
+    for name in ("q", "k", "v"):
+        tensors = {"q": small.q, "k": small.k, "v": small.v}
+        tensors[name] = unaligned(tensors[name])
+        assert_same(bs.attention_forward(**tensors, scores=small.scores, **OPTIONS), out)
+
+
 def test_expanded_keys(small):
     """Stride 0: one row of keys for the whole batch."""
     k, v = small.k[:1].expand(2, -1, -1, -1), small.v[:1].expand(2, -1, -1, -1)
