@@ -38,4 +38,10 @@ __device__ __forceinline__ void cp_async_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+// Arrives at an mbarrier once all of this thread's copies so far are complete; the barrier's count
+// includes this arrival.
+__device__ __forceinline__ void cp_async_mbarrier_arrive(std::uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 }  // namespace sparsek::cuda::device
