@@ -43,7 +43,7 @@ class Worker {
         heads_per_pass_(std::clamp<std::int64_t>(kMaxTileRows / kTilePositions, 1, p.group)),
         keys_(std::make_unique_for_overwrite<std::int32_t[]>(p.seq_len_k)),
         element_bytes_(static_cast<std::int64_t>(size_of(p.dtype))) {
-    std::int64_t const rows = heads_per_pass_ * kTilePositions;
+    std::int64_t const rows = heads_per_pass_ * std::min(kTilePositions, p.seq_len_q);
     workspace_.reset(static_cast<std::byte*>(::operator new[](
         table.attend_workspace(p.head_dim, rows), std::align_val_t{kTileAlignment})));
     q_.resize(rows);

@@ -214,11 +214,12 @@ class TileKernel {
       for (int i = 0; i < kPer; ++i) {
         rows[i] = s * kPer + i < keys_.count ? v_row(keys_.position[s * kPer + i]) : nullptr;
       }
-      for (int64_t d = 0; d < width_; d += kLanes) {
-        int64_t const slice = d / kSlice * kSlice;
+      for (int64_t slice = 0; slice < width_; slice += kSlice) {
         int64_t const slice_width = smaller_of<int64_t>(kSlice, width_ - slice);
-        store(v_slice(slice) + s * slice_width + (d - slice),
-              Words::key_words(rows, d, t_.head_dim));
+        int32_t* const packed = v_slice(slice) + s * slice_width;
+        for (int64_t d = 0; d < slice_width; d += kLanes) {
+          store(packed + d, Words::key_words(rows, slice + d, t_.head_dim));
+        }
       }
     }
   }

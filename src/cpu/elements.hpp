@@ -74,10 +74,14 @@ SPARSEK_INLINE VecF load_floats(Fp16 const* row, int64_t count) {
 
 // Conversions from float round to nearest, ties to even.
 SPARSEK_INLINE VecH float_to_bf16(VecF x) {
+#if defined(__AVX512BF16__)
+  return (VecH)_mm512_cvtneps_pbh((__m512)x);
+#else
   VecU const bits = (VecU)x;
   VecU const rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
   VecU const quiet = bits >> 16 | 0x40;
   return narrow(x != x ? quiet : rounded);
+#endif
 }
 
 SPARSEK_INLINE VecH float_to_fp16(VecF x) {
