@@ -116,6 +116,21 @@ __device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t address
          static_cast<std::uint64_t>(stride >> 4) << 32 | 1ull << 62;
 }
 
+// --- shared-memory loads that stay where they are written ------------------------------------------------------------------
+// NOTE: volatile, so that the compiler does not gather the loads of a whole unrolled loop in front of it, for which it has no registers.
+__device__ __forceinline__ float4 load_shared_float4(std::uint32_t address) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address));
+  return x;
+}
+__device__ __forceinline__ uint2 load_shared_uint2(std::uint32_t address) {
+  uint2 x;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address));
+  return x;
+}
+
 // --- warp matrix moves --------------------------------------------------------------------------------------------------
 __device__ __forceinline__ void stmatrix_x4(std::uint32_t address, std::uint32_t a, std::uint32_t b,
                                             std::uint32_t c, std::uint32_t d) {

@@ -24,11 +24,12 @@ class Consumer {
   using Scores128 = float[64];
   using Scores64 = float[32];
 
-  // A tile's first block sets the reference exponent kHeadroom above its row maximum. Later blocks are weighed without looking for a
-  // maximum: fp16 has room for weights 2^(kHeadroom + 14) times the first block's largest, and the sums show whether that sufficed. If not,
-  // the scores are still there: find the maximum, rescale, weigh again. Each warp decides for itself.
+  // Aligned: a tile's first block sets the reference exponent kHeadroom above its row maximum. Later blocks are weighed without looking for
+  // a maximum: fp16 has room for weights 2^(kHeadroom + 14) times the first block's largest, and the sums show whether that sufficed. If
+  // not, the scores are still there: find the maximum, rescale, weigh again. Each warp decides for itself.
+  // General: the gates need the registers in which the scores would wait for that, so every block's maximum is found first.
   static constexpr float kHeadroom = 8.f, kSumLimit = 16384.f;
-  // Stands for "no key seen yet": exponents of finite scores overflow against it, which leads to the path above.
+  // Stands for the maximum of a row that has seen no key yet.
   static constexpr float kNoReference = -1e30f;
 
  public:
@@ -181,7 +182,7 @@ class Consumer {
     int const place = g * 16 + quad() * 4;
     int const base =
         kColumns == Columns::kSlots ? L::kSlotScore + block * kTile * 4 : L::kWindowScore;
-    float4 const u = *reinterpret_cast<float4 const*>(generic_ + base + place * 4);
+    float4 const u = device::load_shared_float4(smem_ + base + place * 4);
     float const score[4] = {u.x, u.y, u.z, u.w};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -229,20 +230,30 @@ class Consumer {
 #pragma unroll
     for (int g = 0; g < N / 8; ++g) weigh<kColumns>(S, g, block);
   }
+  // Raises the reference exponents to n0, n1: earlier weights and sums shrink.
+  __device__ __forceinline__ void raise_reference(float n0, float n1) {
+    float const c0 = device::exp2_approx(m0_ - n0), c1 = device::exp2_approx(m1_ - n1);
+    m0_ = n0, m1_ = n1, l0_ *= c0, l1_ *= c1;
+#pragma unroll
+    for (int j = 0; j < kOutRegs / 4; ++j) {
+      O_[4 * j] *= c0, O_[4 * j + 1] *= c0, O_[4 * j + 2] *= c1, O_[4 * j + 3] *= c1;
+    }
+  }
   template <Columns kColumns, int N>
-  __device__ __forceinline__ void weigh_and_check(float (&S)[N], int block) {
-    weigh_block<kColumns>(S, block);
-    if (__any_sync(~0u, !(s0_ + r0_ < kSumLimit && s1_ + r1_ < kSumLimit))) {
+  __device__ __forceinline__ void weigh_later(float (&S)[N], int block) {
+    if constexpr (kGeneral) {
       float x0, x1;
       row_max(S, x0, x1);
-      float const n0 = fmaxf(m0_, x0 + kHeadroom), n1 = fmaxf(m1_, x1 + kHeadroom);
-      float const c0 = device::exp2_approx(m0_ - n0), c1 = device::exp2_approx(m1_ - n1);
-      m0_ = n0, m1_ = n1, l0_ *= c0, l1_ *= c1;
-#pragma unroll
-      for (int j = 0; j < kOutRegs / 4; ++j) {
-        O_[4 * j] *= c0, O_[4 * j + 1] *= c0, O_[4 * j + 2] *= c1, O_[4 * j + 3] *= c1;
-      }
+      if (__any_sync(~0u, x0 > m0_ || x1 > m1_)) raise_reference(fmaxf(m0_, x0), fmaxf(m1_, x1));
       weigh_block<kColumns>(S, block);
+    } else {
+      weigh_block<kColumns>(S, block);
+      if (__any_sync(~0u, !(s0_ + r0_ < kSumLimit && s1_ + r1_ < kSumLimit))) {
+        float x0, x1;
+        row_max(S, x0, x1);
+        raise_reference(fmaxf(m0_, x0 + kHeadroom), fmaxf(m1_, x1 + kHeadroom));
+        weigh_block<kColumns>(S, block);
+      }
     }
     l0_ += s0_ + r0_, l1_ += s1_ + r1_;
   }
@@ -267,8 +278,7 @@ class Consumer {
     int const r = row() + rows_before;
 #pragma unroll
     for (int g = 0; g < N / 8; ++g) {
-      uint2 const e =
-          *reinterpret_cast<uint2 const*>(generic_ + expiry_base + (g * 16 + quad() * 4) * 2);
+      uint2 const e = device::load_shared_uint2(smem_ + expiry_base + (g * 16 + quad() * 4) * 2);
       int const until[4] = {static_cast<int>(e.x & 0xffff), static_cast<int>(e.x >> 16),
                             static_cast<int>(e.y & 0xffff), static_cast<int>(e.y >> 16)};
 #pragma unroll
@@ -286,9 +296,8 @@ class Consumer {
         smem_ + L::kGate + (slot_uses_ & 1) * L::kGateBytes + block * kTile * 4 + quad() * 16;
 #pragma unroll
     for (int i = 0; i < 32; i += 4) {
-      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(X[i]), "=f"(X[i + 1]), "=f"(X[i + 2]), "=f"(X[i + 3])
-                   : "r"(address + 16 * i));
+      float4 const x = device::load_shared_float4(address + 16 * i);
+      X[i] = x.x, X[i + 1] = x.y, X[i + 2] = x.z, X[i + 3] = x.w;
     }
   }
   __device__ __forceinline__ static void spread_gates(Scores128& S, float (&X)[32]) {
@@ -318,8 +327,11 @@ class Consumer {
   }
   __device__ __forceinline__ void set_reference(Scores128& S) {
     row_max(S, m0_, m1_);
-    if (kGeneral) m0_ = fmaxf(m0_, kNoReference), m1_ = fmaxf(m1_, kNoReference);
-    m0_ += kHeadroom, m1_ += kHeadroom;
+    if constexpr (kGeneral) {
+      m0_ = fmaxf(m0_, kNoReference), m1_ = fmaxf(m1_, kNoReference);
+    } else {
+      m0_ += kHeadroom, m1_ += kHeadroom;
+    }
   }
   // Weights of the first block; `between` runs after every 16 keys.
   template <typename Between>
@@ -403,9 +415,9 @@ class Consumer {
       device::pin(O_), device::pin(P_), device::pin(Q_);
       if (block == 0) release(kEmptyWindowV);
       if (kGeneral && p_.gated) {
-        weigh_and_check<Columns::kSlots>(S, block);
+        weigh_later<Columns::kSlots>(S, block);
       } else {
-        weigh_and_check<Columns::kPlain>(S, block);
+        weigh_later<Columns::kPlain>(S, block);
       }
     }
 
@@ -454,9 +466,9 @@ class Consumer {
       mask_expired(S, L::kWindowExpiry, kColumns == Columns::kWindow ? kTile : 0);
     }
     if (kGeneral && !plain && p_.gated)
-      weigh_and_check<kColumns>(S, 0);
+      weigh_later<kColumns>(S, 0);
     else
-      weigh_and_check<Columns::kPlain>(S, 0);
+      weigh_later<Columns::kPlain>(S, 0);
     keys_in_last_ = kKeys;
   }
 
