@@ -87,9 +87,11 @@ def capability(
     if dtype not in DTYPE_CODES:
         raise ValueError(f"dtype: expected a floating-point dtype, got {name_of(dtype)}")
     device = torch.device(device)
-    index = 0
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
+    if device.type not in ("cpu", "cuda"):
+        return Capability(False, "", f"device {device.type}: supported are cpu and cuda")
+    index = device.index or 0
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        index = torch.cuda.current_device()
     return query(
         stage,
         (CUDA if device.type == "cuda" else CPU, index),

@@ -281,6 +281,11 @@ def test_capability():
         (1, 8, 128, 64), (1, 2, 256, 64), dtype=torch.float64, backend="reference"
     )
     assert reference.kernel == "reference"
+    assert "mps" in bs.capability((1, 8, 128, 64), (1, 2, 256, 64), device="mps").reason
+    if not bs.build_info()["built_with_cuda"]:
+        missing = bs.capability((1, 8, 128, 64), (1, 2, 256, 64), device="cuda")
+        assert not missing.supported
+        assert "CUDA" in missing.reason
     with pytest.raises(ValueError, match="stage"):
         bs.capability((1, 8, 128, 64), (1, 2, 256, 64), stage="decode")
 
