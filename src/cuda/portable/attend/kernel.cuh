@@ -74,7 +74,7 @@ class AttendBlock {
     int entry;  // -1: contiguous
   };
 
-  // --- which keys ---------------------------------------------------------------------------------
+  // --- which keys --------------------------------------------------------------------------------
   __device__ void set_constants(Sequence const& s, int kv_head, std::int64_t list) {
     BlockConstants& c = shared_.constants;
     c.sequence = s;
@@ -125,7 +125,7 @@ class AttendBlock {
     return false;
   }
 
-  // --- loads --------------------------------------------------------------------------------------
+  // --- loads -------------------------------------------------------------------------------------
   __device__ void load_queries() {
     Sequence const& s = shared_.constants.sequence;
     char const* const q = static_cast<char const*>(p_.q) +
@@ -189,7 +189,7 @@ class AttendBlock {
     shared_.threshold[threadIdx.x] = shared_.constants.threshold[i / p_.chunk_size];
   }
 
-  // --- the loop -----------------------------------------------------------------------------------
+  // --- the loop ----------------------------------------------------------------------------------
   __device__ void attend_to_keys() {
     int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int const warp_row = warp * Config::kRowsPerWarp;
@@ -325,7 +325,7 @@ class AttendBlock {
     }
   }
 
-  // --- mask, softmax, gate ------------------------------------------------------------------------
+  // --- mask, softmax, gate -----------------------------------------------------------------------
   // The block's weights, 2^(s scale - reference) times the gate, and their sums.
   //
   // The reference is the row's maximum over the first block of which it sees a key. It need not be
@@ -526,7 +526,7 @@ class AttendBlock {
     }
   }
 
-  // --- results ------------------------------------------------------------------------------------
+  // --- results -----------------------------------------------------------------------------------
   __device__ void store() {
     int const lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * Config::kRowsPerWarp;
     Sequence const& s = shared_.constants.sequence;
