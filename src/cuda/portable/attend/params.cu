@@ -69,7 +69,8 @@ AttendParams make_params(AttendProblem const& a) {
   p.seq_len_k = narrow(a.seq_len_k);
   p.head_dim = narrow(a.head_dim);
   p.window = narrow(std::min(a.window, a.seq_len_k));
-  p.chunk_size = narrow(std::min(a.chunk_size, a.seq_len_k));
+  p.chunk_size =
+      narrow(std::clamp<std::int64_t>(a.chunk_size, 1, std::max<std::int64_t>(a.seq_len_k, 1)));
   p.foreign = a.num_selected < 0;
   p.value_gate = a.gate == Gate::kValue;
 
@@ -112,7 +113,8 @@ AttendParams make_params(AttendProblem const& a) {
 
   p.source = choose_source(a);
   p.num_tiles = narrow(count_tiles(a));
-  p.tiles_per_sequence = narrow(a.cu_seqlens_q ? 0 : count_tiles(a) / a.batch);
+  p.tiles_per_sequence =
+      narrow(a.cu_seqlens_q ? 0 : count_tiles(a) / std::max<std::int64_t>(a.batch, 1));
   p.list_capacity = narrow(std::max<std::int64_t>(list_bound(a), 0));
   return p;
 }
