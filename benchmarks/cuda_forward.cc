@@ -57,7 +57,6 @@ void check(cudaError_t status, char const* what) {
 }
 
 // --- configuration
-// -------------------------------------------------------------------------------------------------
 
 struct Configuration {
   std::int64_t batch = 16, heads = 96, kv_heads = 0, seq = 4096, seq_q = 0, dim = 128;
@@ -159,7 +158,6 @@ void parse(std::vector<std::string> const& words, Configuration& c,
 }
 
 // --- data
-// ----------------------------------------------------------------------------------------------------------
 
 std::uint16_t to_half(float x) {
   // Exact scaling by powers of 2 does the rounding: |x| < 8 here, so nothing overflows.
@@ -256,7 +254,6 @@ class LentBuffer final : public sparsek::WorkspaceAllocator {
 };
 
 // --- timing
-// --------------------------------------------------------------------------------------------------------
 
 double median(std::vector<double> values) {
   auto const middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
@@ -304,7 +301,6 @@ Timing time_stage(std::function<void()> const& call, Configuration const& c, cud
 }
 
 // --- one configuration
-// ---------------------------------------------------------------------------------------------
 
 // Visible (query, key) pairs, all query heads: key j is seen by the queries from max(j, first query)
 // to its expiry.

@@ -43,6 +43,7 @@ struct Task {
 class Check {
  public:
   explicit Check(CheckOptions const& options) : options_(options), rows_(all_rows()) {
+    options_.on_hang = [this] { summarise(); };
     cuda_check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
     for (std::size_t i = 0; i < rows_.size(); ++i) {
       Row const& row = rows_[i];
@@ -101,7 +102,7 @@ class Check {
       if (gpu_lost_) return;
       gpu.emplace(problem, options_, stream_);
       for (Backend const backend : options_.backends) results.push_back(gpu->run(backend));
-      wait(stream_, options_.timeout_s, task.row->c.name);
+      wait(stream_, options_, task.row->c.name);
     }
     for (std::size_t i = 0; i < results.size(); ++i) {
       gpu->compare(results[i]);
@@ -140,6 +141,7 @@ class Check {
   }
 
   int summarise() {
+    std::lock_guard const lock(report_mutex_);
     int passed = 0, failed = broken_;
     for (auto const& [key, tally] : tallies_) {
       passed += tally.passed;

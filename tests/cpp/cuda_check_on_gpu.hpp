@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <limits>
 #include <optional>
 #include <string>
@@ -33,6 +34,7 @@ struct CheckOptions {
   std::size_t guard_bytes = 4096;
   double timeout_s = 20.0;
   int num_threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  std::function<void()> on_hang = [] {};  // last words, before the process is left
 };
 
 inline char const* name_of(Backend backend) {
@@ -48,17 +50,18 @@ inline char const* name_of(Backend backend) {
   }
 }
 
-// Waits for the stream. A kernel that never ends is reported, and the process left: nothing can be
-// run behind it.
-inline void wait(cudaStream_t stream, double timeout_s, std::string const& what) {
+// Waits for the stream. A kernel that never ends is reported, and the process left at once: nothing
+// can be run behind it, not even the release of memory.
+inline void wait(cudaStream_t stream, CheckOptions const& options, std::string const& what) {
   auto const start = std::chrono::steady_clock::now();
   for (;;) {
     cudaError_t const status = cudaStreamQuery(stream);
     if (status == cudaSuccess) return;
     if (status != cudaErrorNotReady) cuda_check(status, what.c_str());
     std::chrono::duration<double> const elapsed = std::chrono::steady_clock::now() - start;
-    if (elapsed.count() > timeout_s) {
-      std::printf("HANG %s: not finished after %.0f s\n", what.c_str(), timeout_s);
+    if (elapsed.count() > options.timeout_s) {
+      std::printf("HANG %s: not finished after %.0f s\n", what.c_str(), options.timeout_s);
+      options.on_hang();
       std::fflush(stdout);
       std::_Exit(kExitGpuLost);
     }
@@ -191,8 +194,8 @@ class RowOnGpu {
       run_attention(r);
       if (!p_.foreign()) run_chained(r);
     } catch (Unsupported const& e) {
-      // The question about shapes alone assumed aligned, dense tensors.
-      bool const excusable = Rank == 3 || p_.row.c.layout == "sliced";
+      // The question about shapes alone assumed aligned, dense tensors and no lengths.
+      bool const excusable = Rank == 3 || p_.row.c.layout == "sliced" || !p_.lengths.empty();
       if (excusable && backend == Backend::kSm90) {
         r.outcome.verdict = Verdict::kUnsupported;
       } else {
@@ -257,19 +260,17 @@ class RowOnGpu {
     BufferAllocator allocator_;
   };
 
-  // Calls stage(context) with a guarded workspace, or with the pool where the layout may lead to
-  // another kernel than the shapes alone do.
+  // Calls stage(context) with a workspace of exactly `bytes`, whatever layout and lengths are: the
+  // library gave that number knowing shapes alone.
   template <typename Stage>
   void with_workspace(std::size_t bytes, int byte, char const* what, Outcome& outcome,
                       Stage const& stage) {
+    GuardedWorkspace workspace(bytes, byte, guard_);
     Context context = context_;
-    std::optional<GuardedWorkspace> workspace;
-    if (p_.row.c.layout != "sliced") {
-      context.allocator = workspace.emplace(bytes, byte, guard_).allocator();
-    }
+    context.allocator = workspace.allocator();
     stage(context);
     settle(what);
-    if (workspace && !workspace->intact()) {
+    if (!workspace.intact()) {
       outcome.fail(std::string(what) + " wrote beyond its workspace of " + std::to_string(bytes) +
                    " bytes");
     }
@@ -279,7 +280,7 @@ class RowOnGpu {
   std::string label() const {
     return p_.row.c.name + " " + sparsek::name_of(p_.dtype) + " " + name_of(context_.backend) + " ";
   }
-  void settle(char const* what) { wait(stream_, options_.timeout_s, label() + what); }
+  void settle(char const* what) { wait(stream_, options_, label() + what); }
 
   // The workspace holds NaN and -1 in even runs, 0 in odd ones.
   static int workspace_byte(int run) { return run % 2 ? 0x00 : 0xFF; }
