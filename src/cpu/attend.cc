@@ -1,5 +1,5 @@
-// attend on the CPU: splits (sequence, KV head) rows into runs of query tiles, keeps the list of keys that a tile sees, and hands
-// tiles to the kernels of the instruction set (kernels.hpp).
+// attend on the CPU: splits (sequence, KV head) rows into runs of query tiles, keeps the list of
+// keys that a tile sees, and hands tiles to the kernels of the instruction set (kernels.hpp).
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -16,8 +16,9 @@
 namespace sparsek::cpu {
 namespace {
 
-// Positions of one tile: as many as keep most of a list visible to the whole tile, and few enough that each of its keys is used
-// by many rows once it is loaded. Tiles are aligned to multiples of it, so chunks of 128 have one threshold per tile.
+// Positions of one tile: as many as keep most of a list visible to the whole tile, and few enough
+// that each of its keys is used by many rows once it is loaded. Tiles are aligned to multiples of
+// it, so chunks of 128 have one threshold per tile.
 constexpr std::int64_t kTilePositions = 128;
 // Rows (positions x query heads) handed to the kernels at once; bounds a thread's workspace.
 constexpr std::int64_t kMaxTileRows = 512;
@@ -76,8 +77,9 @@ class Worker {
   }
 
  private:
-  // The keys that some query in begin ... end - 1 sees, ascending: what is left of the previous tile's list, and the keys since.
-  // (Of the task's first tile, those are all keys before it. A key that has expired never returns.)
+  // The keys that some query in begin ... end - 1 sees, ascending: what is left of the previous
+  // tile's list, and the keys since. (Of the task's first tile, those are all keys before it. A key
+  // that has expired never returns.)
   void update_keys(std::int64_t begin, std::int64_t end) {
     std::int64_t kept = 0;
     for (std::int64_t t = 0; t < num_keys_; ++t) {
@@ -199,7 +201,8 @@ class Worker {
   std::int64_t next_key_ = 0;  // keys before it have been considered
 };
 
-// A task's first tile scans expiry from the start of the sequence; runs are as long as balance allows.
+// A task's first tile scans expiry from the start of the sequence; runs are as long as balance
+// allows.
 std::vector<Task> make_tasks(AttendProblem const& p, int num_threads) {
   std::int64_t num_tiles = 0;
   auto const for_each_row = [&](auto const& body) {

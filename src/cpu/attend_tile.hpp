@@ -1,12 +1,15 @@
-// Attention of one tile of query rows over a list of keys (AttendTile, kernels.hpp): FlashAttention's online softmax with the
-// scores transposed.
+// Attention of one tile of query rows over a list of keys (AttendTile, kernels.hpp):
+// FlashAttention's online softmax with the scores transposed.
 //
-// Scores are computed as S^T [key][row]: vectors run along 64 query rows, and words of k are broadcast from where k lies in
-// memory, one pointer per key. So selected keys need no gathering copy, maxima and sums over keys are plain vector operations,
-// and the mask j <= i < expiry_j and the gate clip(u_j - tau_i, 0, 1) cost a few instructions per vector whatever the chunk
-// size. The weights P^T [key][row] are then broadcast by the second product, whose vectors run along head_dim.
+// Scores are computed as S^T [key][row]: vectors run along 64 query rows, and words of k are
+// broadcast from where k lies in memory, one pointer per key. So selected keys need no gathering
+// copy, maxima and sums over keys are plain vector operations, and the mask j <= i < expiry_j and
+// the gate clip(u_j - tau_i, 0, 1) cost a few instructions per vector whatever the chunk size. The
+// weights P^T [key][row] are then broadcast by the second product, whose vectors run along
+// head_dim.
 //
-// Keys are processed in blocks. A block's v is packed once, for all rows of the tile (so for all query heads of a group).
+// Keys are processed in blocks. A block's v is packed once, for all rows of the tile (so for all
+// query heads of a group).
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -20,9 +23,10 @@
 namespace sparsek::cpu {
 namespace {
 
-// Keys of one block. NOTE: per block of keys, the slice of packed v that the second product reads again and again is
-// kKeyBlock * kVecs * kLanes words, 33 KiB of an L1 cache of 48 KiB with AVX-512; a multiple of kMicroRows.
-constexpr int64_t kKeyBlock = 132;
+// Keys of one block, a multiple of kMicroRows. NOTE: the slice of packed v that the second product
+// reads again and again is kKeyBlock * kVecs * kLanes words, 24 KiB with AVX-512: half of an L1
+// cache of 48 KiB, the weights pass through the other half. 66 to 264 keys differ by 3 % at most.
+constexpr int64_t kKeyBlock = 96;
 static_assert(kKeyBlock % kMicroRows == 0 && kKeyBlock % 2 == 0);
 
 constexpr float kLog2E = 1.44269504088896340736F;
@@ -32,7 +36,8 @@ SPARSEK_INLINE int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
 
-// What a block of kRowBlock rows carries over the blocks of keys. Rows beyond the last one repeat it.
+// What a block of kRowBlock rows carries over the blocks of keys. Rows beyond the last one repeat
+// it.
 struct RowBlock {
   int32_t position[kRowBlock];
   int32_t pool_end[kRowBlock];
@@ -205,7 +210,8 @@ class TileKernel {
     for (int64_t d = 0; d < t_.head_dim; d += kLine) __builtin_prefetch(row + d);
   }
 
-  // v by slices of kVecs vectors along head_dim, so that a slice is contiguous: [slice][step][vector]. A step is kPerWord keys.
+  // v by slices of kVecs vectors along head_dim, so that a slice is contiguous:
+  // [slice][step][vector]. A step is kPerWord keys.
   void pack_v() {
     constexpr int kPer = Words::kPerWord;
     int64_t const steps = (keys_.count + kPer - 1) / kPer;
@@ -243,7 +249,8 @@ class TileKernel {
     return low;
   }
 
-  // S^T of the first `count` keys in units of log 2, -inf where a row does not see the key; and the new maxima.
+  // S^T of the first `count` keys in units of log 2, -inf where a row does not see the key; and the
+  // new maxima.
   void compute_scores(RowBlock& rows, int32_t const* q, int64_t count) {
     for (int first = 0; first < rows.num_vectors; first += kVecs) {
       int const end = smaller_of(first + kVecs, rows.num_vectors);
@@ -311,7 +318,8 @@ class TileKernel {
     store(rows.max + r, new_max);
   }
 
-  // From scores to weights, in place; their sums are taken before the weights are rounded to the words' precision.
+  // From scores to weights, in place; their sums are taken before the weights are rounded to the
+  // words' precision.
   void compute_weights(RowBlock& rows, int64_t count) {
     switch (t_.gate) {
       case Gate::kNone:
@@ -346,7 +354,8 @@ class TileKernel {
               for (int v = 0; v < kCols; ++v) weights[v][i] = VecF{};
             }
           }
-          // NOTE: in place: the weights of keys t ... take row t / kPer of the same buffer, whose scores have been read.
+          // NOTE: in place: the weights of keys t ... take row t / kPer of the same buffer, whose
+          // scores have been read.
           for (int v = 0; v < kCols; ++v) {
             store(score(t / kPer, first + v), Words::weight_words(weights[v]));
           }

@@ -1,5 +1,5 @@
-// Rows of q, k, v and out in memory: conversions between their dtypes and vectors of float, and the "words" that the matrix
-// kernels multiply.
+// Rows of q, k, v and out in memory: conversions between their dtypes and vectors of float, and the
+// "words" that the matrix kernels multiply.
 #pragma once
 #include <stdint.h>
 
@@ -14,8 +14,6 @@ struct Bf16 {
 struct Fp16 {
   uint16_t bits;
 };
-
-SPARSEK_INLINE VecF to_float(VecF x) { return x; }
 
 // NOTE: GCC splits the conversion of 16 elements into two halves.
 SPARSEK_INLINE VecU widen(VecH x) {
@@ -41,8 +39,8 @@ SPARSEK_INLINE VecF fp16_to_float(VecH x) {
 #elif defined(__F16C__)
   return (VecF)_mm256_cvtph_ps((__m128i)x);
 #else
-  // Exponent and mantissa moved to their places read as a float that is 2^112 times too small, subnormals included; infinities
-  // and NaN get the largest exponent.
+  // Exponent and mantissa moved to their places read as a float that is 2^112 times too small,
+  // subnormals included; infinities and NaN get the largest exponent.
   VecU const bits = widen(x);
   VecU const magnitude = (bits & 0x7FFF) << 13;
   VecU const special = (VecU)(magnitude >= 0x0F800000U) & 0x7F800000U;
@@ -94,7 +92,8 @@ SPARSEK_INLINE VecH float_to_fp16(VecF x) {
   VecU const magnitude = bits & 0x7FFFFFFF;
   // Exponent moved from bias 127 to 15.
   VecU const normal = (magnitude + 0xFFF + (magnitude >> 13 & 1) - 0x38000000) >> 13;
-  // The sum with 0.5 is rounded to a multiple of 2^-24, the unit of a subnormal half: its low bits are the result.
+  // The sum with 0.5 is rounded to a multiple of 2^-24, the unit of a subnormal half: its low bits
+  // are the result.
   VecU const subnormal = (VecU)((VecF)magnitude + 0.5F) - 0x3F000000;
   VecU half = magnitude < 0x38800000 ? subnormal : normal;
   half = magnitude >= 0x477FF000 ? VecU{} + 0x7C00 : half;  // rounds to infinity
@@ -120,8 +119,8 @@ SPARSEK_INLINE void store_floats(Fp16* row, VecF x, int64_t count) {
   store_elements(row, float_to_fp16(x), count);
 }
 
-// The matrix kernels multiply 32-bit words: a vector of kLanes words by one word that all lanes share. How many numbers a word
-// holds is the operand type's business.
+// The matrix kernels multiply 32-bit words: a vector of kLanes words by one word that all lanes
+// share. How many numbers a word holds is the operand type's business.
 
 // One float per word.
 struct FloatWords {

@@ -13,8 +13,9 @@ char const* name_of(Isa isa);
 // The best set of this build that the machine has.
 Isa best_isa();
 
-// best_isa(), or the lower one that the environment variable BLACKWELL_SPARSEK_CPU_ISA names. Read on every call, so that one
-// process can compare several. Throws InvalidArgument where the name is unknown or names a set that this machine or build lacks.
+// best_isa(), or the lower one that the environment variable BLACKWELL_SPARSEK_CPU_ISA names. Read
+// on every call, so that one process can compare several. Throws InvalidArgument where the name is
+// unknown or names a set that this machine or build lacks.
 Isa active_isa();
 
 }  // namespace sparsek::cpu

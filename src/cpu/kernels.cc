@@ -1,4 +1,5 @@
-// The CPU kernels. Compiled once per instruction set, with SPARSEK_CPU_ISA naming the namespace (CMakeLists.txt).
+// The CPU kernels. Compiled once per instruction set, with SPARSEK_CPU_ISA naming the namespace
+// (CMakeLists.txt).
 #include "cpu/kernels.hpp"
 
 #include <math.h>

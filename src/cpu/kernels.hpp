@@ -1,5 +1,5 @@
-// The kernels that are compiled once per instruction set, as a table of functions. Plain data only: the translation units
-// behind it share no inline function with the rest of the library.
+// The kernels that are compiled once per instruction set, as a table of functions. Plain data only:
+// the translation units behind it share no inline function with the rest of the library.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -10,8 +10,8 @@
 
 namespace sparsek::cpu {
 
-// Attention of some query rows, all of one KV head, over a list of that head's keys. Row r sees key j of the list if
-// j <= position[r] < expiry[j]. Strides count elements.
+// Attention of some query rows, all of one KV head, over a list of that head's keys. Row r sees key
+// j of the list if j <= position[r] < expiry[j]. Strides count elements.
 struct AttendTile {
   DataType dtype;  // q, k, v, out
   std::int64_t head_dim;

@@ -1,9 +1,10 @@
 // The two matrix products of attention on words (elements.hpp), blocked for registers.
 //
-// Both keep a kMicroRows x kVecs block of vector accumulators and, per step, load kVecs vectors and broadcast kMicroRows words:
-// kMicroRows * kVecs multiply-adds for kMicroRows + kVecs loads. NOTE: with 32 registers 6 x 4 leaves 8 for operands; with 16
-// (AVX2, SSE) 6 x 2 leaves 4. One multiply-add has a latency of 4 to 5 cycles on two pipes, so at least 10 accumulators must be
-// in flight.
+// Both keep a kMicroRows x kVecs block of vector accumulators and, per step, load kVecs vectors and
+// broadcast kMicroRows words: kMicroRows * kVecs multiply-adds for kMicroRows + kVecs loads. NOTE:
+// with 32 registers 6 x 4 leaves 8 for operands; with 16 (AVX2, SSE) 6 x 2 leaves 4. One
+// multiply-add has a latency of 4 to 5 cycles on two pipes, so at least 10 accumulators must be in
+// flight.
 #pragma once
 #include <stdint.h>
 
@@ -24,7 +25,8 @@ constexpr int kMicroRows = 6;
 constexpr int kRowBlock = 64;
 static_assert(kRowBlock % (kVecs * kLanes) == 0);
 
-// accumulators[i][v] += sum_s vectors[s * vector_stride + v * kLanes ...] * words[i][s * word_stride]
+// accumulators[i][v] += sum_s vectors[s * vector_stride + v * kLanes ...] * words[i][s *
+// word_stride]
 template <typename Words, int kRows, int kCols>
 SPARSEK_INLINE void multiply_block(int32_t const* const (&words)[kRows], int64_t word_stride,
                                    int32_t const* vectors, int64_t vector_stride, int64_t steps,
@@ -45,8 +47,8 @@ SPARSEK_INLINE void multiply_block(int32_t const* const (&words)[kRows], int64_t
   }
 }
 
-// Calls body(integral constant n) for n of kMicroRows, 4, 2, 1 until `count` rows are covered; body's second argument is the
-// first row.
+// Calls body(integral constant n) for n of kMicroRows, 4, 2, 1 until `count` rows are covered;
+// body's second argument is the first row.
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;

@@ -1,7 +1,7 @@
 // A min-heap over memory of the caller, with four children per node.
 //
-// NOTE: against two children, half the levels, and on each the comparisons of two pairs run side by side: a quarter faster in
-// select.
+// NOTE: against two children, half the levels, and on each the comparisons of two pairs run side by
+// side: a quarter faster in select.
 #pragma once
 #include <cstdint>
 #include <utility>
@@ -34,9 +34,9 @@ class MinHeap {
   }
 
  private:
-  // Fills the hole at the root: the hole moves to a leaf along the smaller children, then `item` rises from there. NOTE: an item
-  // that comes in at the root mostly belongs near the leaves; comparing it on the way down would be a branch that the processor
-  // mispredicts once per call.
+  // Fills the hole at the root: the hole moves to a leaf along the smaller children, then `item`
+  // rises from there. NOTE: an item that comes in at the root mostly belongs near the leaves;
+  // comparing it on the way down would be a branch that the processor mispredicts once per call.
   void sift_down(T item) {
     std::int64_t hole = 0, first = 1;
     for (; first + kChildren <= size_; first = kChildren * hole + 1) {

@@ -1,9 +1,10 @@
-// The SPARSEK threshold of a growing pool: tau = sup{t : sum_{j in T} clip(u_j - t, 0, 1) >= k} over the M first-ranked keys T
-// of the pool, kept up to date as keys arrive (Lou et al., arXiv 2406.16747, section 3.2, made incremental).
+// The SPARSEK threshold of a growing pool: tau = sup{t : sum_{j in T} clip(u_j - t, 0, 1) >= k}
+// over the M first-ranked keys T of the pool, kept up to date as keys arrive (Lou et al., arXiv
+// 2406.16747, section 3.2, made incremental).
 //
-// tau never falls, so a key with u <= tau never counts again. The others are either saturated (u >= tau + 1: they contribute
-// 1) or interior (they contribute u - tau). Each key becomes saturated, interior and dead at most once, in this order: O(log M)
-// per key, whatever the chunk size.
+// tau never falls, so a key with u <= tau never counts again. The others are either saturated (u >=
+// tau + 1: they contribute 1) or interior (they contribute u - tau). Each key becomes saturated,
+// interior and dead at most once, in this order: O(log M) per key, whatever the chunk size.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -37,7 +38,8 @@ class PrefixThreshold {
 
   // tau of the pool so far, which must hold more than k keys.
   double solve() {
-    // Between two breakpoints the sum falls linearly. Walk over the breakpoints at which it is still k or more.
+    // Between two breakpoints the sum falls linearly. Walk over the breakpoints at which it is
+    // still k or more.
     for (;;) {
       double const dies = interior_.empty() ? kInfinity : shifted(score_of(interior_.min()));
       double const unsaturates =
@@ -45,8 +47,9 @@ class PrefixThreshold {
       double const next = std::min(dies, unsaturates);
       auto const saturated = static_cast<double>(saturated_.size());
       auto const interior = static_cast<double>(interior_.size());
-      // The interior's contribution is never negative at `next`. NOTE: asking for the integer first makes the stretch on which
-      // the sum equals k (k-th and next score more than 1 apart) exact; rounding cannot end the walk at its lower end.
+      // The interior's contribution is never negative at `next`. NOTE: asking for the integer first
+      // makes the stretch on which the sum equals k (k-th and next score more than 1 apart) exact;
+      // rounding cannot end the walk at its lower end.
       if (saturated_.size() < k_ &&
           saturated + (interior_sum_ - interior * next) < static_cast<double>(k_)) {
         t_ = std::max(t_, (saturated + interior_sum_ - static_cast<double>(k_)) / interior);
@@ -71,12 +74,13 @@ class PrefixThreshold {
 
  private:
   static constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  // Scores are summed relative to a base within a few units of tau: absolute sums would cancel where scores are large. All
-  // interior scores lie within 1 above tau, so those present after tau moved by this much all came since the last rebase, and
-  // rebasing costs O(1) per key on average.
+  // Scores are summed relative to a base within a few units of tau: absolute sums would cancel
+  // where scores are large. All interior scores lie within 1 above tau, so those present after tau
+  // moved by this much all came since the last rebase, and rebasing costs O(1) per key on average.
   static constexpr double kMaxShift = 2.0;
 
-  // Heaps hold scores as integers of the same order: their comparisons need no branch. The map is its own inverse on the bits.
+  // Heaps hold scores as integers of the same order: their comparisons need no branch. The map is
+  // its own inverse on the bits.
   static std::int32_t order_of(float score) { return flip(std::bit_cast<std::int32_t>(score)); }
   static float score_of(std::int32_t order) { return std::bit_cast<float>(flip(order)); }
   static std::int32_t flip(std::int32_t bits) { return bits ^ (bits >> 31 & 0x7FFFFFFF); }

@@ -1,4 +1,5 @@
-// select on the CPU: one pass over every (sequence, KV head), a thread per row, O(S log M) time and O(k + M) memory per thread.
+// select on the CPU: one pass over every (sequence, KV head), a thread per row, O(S log M) time and
+// O(k + M) memory per thread.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -17,8 +18,9 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// A key's rank as one integer: larger ranks first. Scores in the upper half, order-preserving and with -0.0 equal to 0.0; below
-// it the complement of the position, so that among equal scores the smaller position ranks first.
+// A key's rank as one integer: larger ranks first. Scores in the upper half, order-preserving and
+// with -0.0 equal to 0.0; below it the complement of the position, so that among equal scores the
+// smaller position ranks first.
 std::uint64_t rank_of(float score, std::int64_t position) {
   auto const bits = std::bit_cast<std::uint32_t>(score + 0.0F);
   std::uint32_t const ordered = bits & 0x80000000U ? ~bits : bits | 0x80000000U;
@@ -34,7 +36,8 @@ float score_of(std::uint64_t rank) {
   return std::bit_cast<float>(ordered & 0x80000000U ? ordered & 0x7FFFFFFFU : ~ordered);
 }
 
-// tau as it is stored: rounded down, and below the k-th score, so that every selected key keeps a positive gate.
+// tau as it is stored: rounded down, and below the k-th score, so that every selected key keeps a
+// positive gate.
 float stored_threshold(double tau, float kth_score) {
   auto rounded = static_cast<float>(tau);
   if (static_cast<double>(rounded) > tau) rounded = std::nextafterf(rounded, -kInfinity);
@@ -107,7 +110,8 @@ void select_row(SelectProblem const& p, Row const& row, std::int64_t num_selecte
                   : std::max(tau, stored_threshold(threshold.solve(), score_of(selected.min())));
       }
     }
-    // Chunks that start at or after the length are never read; they get a defined value all the same.
+    // Chunks that start at or after the length are never read; they get a defined value all the
+    // same.
     row.threshold[c] = chunk_begin < row.valid ? tau : kInfinity;
     if (row.last_candidate) {
       bool const all =

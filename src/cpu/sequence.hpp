@@ -1,4 +1,5 @@
-// Where one sequence of a problem lies: dense batches and packed sequences look the same from here on.
+// Where one sequence of a problem lies: dense batches and packed sequences look the same from here
+// on.
 #pragma once
 #include <cstdint>
 

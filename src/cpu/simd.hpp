@@ -1,8 +1,10 @@
-// Vectors of the instruction set that the including translation unit is compiled for, as GCC and Clang vector extensions.
+// Vectors of the instruction set that the including translation unit is compiled for, as GCC and
+// Clang vector extensions.
 //
-// NOTE: everything here and in the other headers of kernels.cc lives in an unnamed namespace, and none of them includes a
-// standard header with inline functions of external linkage. The linker would otherwise merge, say, a std::max compiled for
-// AVX-512 with the one that the rest of the library calls on every machine.
+// NOTE: everything here and in the other headers of kernels.cc lives in an unnamed namespace, and
+// none of them includes a standard header with inline functions of external linkage. The linker
+// would otherwise merge, say, a std::max compiled for AVX-512 with the one that the rest of the
+// library calls on every machine.
 #pragma once
 #include <stdint.h>
 #if defined(__x86_64__)
@@ -64,8 +66,8 @@ SPARSEK_INLINE T larger_of(T a, T b) {
 SPARSEK_INLINE VecF broadcast(float x) { return x - VecF{}; }
 SPARSEK_INLINE VecI broadcast(int32_t x) { return x - VecI{}; }
 
-// The larger and the smaller one; `b` where either is NaN. NOTE: GCC does not recognise these as the one instruction that they
-// are on x86.
+// The larger and the smaller one; `b` where either is NaN. NOTE: GCC does not recognise these as
+// the one instruction that they are on x86.
 SPARSEK_INLINE VecF larger(VecF a, VecF b) {
 #if defined(__AVX512F__)
   return (VecF)_mm512_maskz_max_ps(0xFFFF, (__m512)a, (__m512)b);
@@ -89,10 +91,12 @@ SPARSEK_INLINE VecF smaller(VecF a, VecF b) {
 #endif
 }
 
-// 2^x for x <= 0, relative error below 2e-7; exactly 1 for 0 and exactly 0 for x <= -126.5. NaN stays NaN.
+// 2^x for x <= 0, relative error below 2e-7; exactly 1 for 0 and exactly 0 for x <= -126.5. NaN
+// stays NaN.
 //
-// x = n + f with n the nearest integer. 2^f by the polynomial of degree 5 of least relative error on [-1/2, 1/2] among those
-// that are 1 at 0 (9.2e-8 before rounding); 2^n by writing the exponent's bits, where n = -127 gives the bits of 0.
+// x = n + f with n the nearest integer. 2^f by the polynomial of degree 5 of least relative error
+// on [-1/2, 1/2] among those that are 1 at 0 (9.2e-8 before rounding); 2^n by writing the
+// exponent's bits, where n = -127 gives the bits of 0.
 SPARSEK_INLINE VecF exp2_nonpositive(VecF x) {
   constexpr float kRound = 0x1.8p23F;  // adding it leaves round(x) in the low bits
   x = larger(broadcast(-127.0F), x);

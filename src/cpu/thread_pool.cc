@@ -80,8 +80,8 @@ class ThreadPool {
 
 std::atomic<ThreadPool*> g_pool{nullptr};
 
-// A forked child has the parent's pool object but none of its threads: it starts over. The old object is left alone, since its
-// mutexes may have been held at the time of the fork.
+// A forked child has the parent's pool object but none of its threads: it starts over. The old
+// object is left alone, since its mutexes may have been held at the time of the fork.
 void forget_pool() { g_pool.store(nullptr); }
 
 ThreadPool& pool() {

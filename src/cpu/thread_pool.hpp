@@ -12,11 +12,11 @@ int available_processors();
 // Context::num_threads with 0 resolved, at most `num_tasks` and at least 1.
 int resolve_threads(int num_threads, std::int64_t num_tasks);
 
-// Calls body(0) ... body(num_threads - 1) at the same time, each on its own thread, body(0) on the caller's, and returns when
-// all are done. The first exception of any of them is thrown again here.
+// Calls body(0) ... body(num_threads - 1) at the same time, each on its own thread, body(0) on the
+// caller's, and returns when all are done. The first exception of any of them is thrown again here.
 //
-// The threads persist between calls. Calls from several threads of the process run one after another. A forked child gets new
-// threads.
+// The threads persist between calls. Calls from several threads of the process run one after
+// another. A forked child gets new threads.
 void run_on_threads(int num_threads, std::function<void(int)> const& body);
 
 // Tasks 0 ... num_tasks - 1, each handed out once, in order.

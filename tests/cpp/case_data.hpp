@@ -35,8 +35,8 @@ Case const& case_named(std::string const& name);
 double load_element(void const* data, DataType dtype, std::int64_t index);
 void store_element(void* data, DataType dtype, std::int64_t index, double value);
 
-// A tensor that owns its memory. What its elements do not cover, and elements that were never set, hold NaN (or a negative
-// number, in an integer tensor).
+// A tensor that owns its memory. What its elements do not cover, and elements that were never set,
+// hold NaN (or a negative number, in an integer tensor).
 template <std::size_t Rank>
 class Tensor {
  public:
@@ -128,7 +128,8 @@ struct SelectionTensors {
   Tensor<3> expiry, threshold, last_candidate;
 };
 
-// The inputs of one row of the table at one dtype. Elements at positions at or beyond a length stay NaN.
+// The inputs of one row of the table at one dtype. Elements at positions at or beyond a length stay
+// NaN.
 struct CaseData {
   CaseData(Case const& c, DataType dtype);
 
@@ -144,7 +145,8 @@ struct CaseData {
 Tensor<4> make_output(Case const& c, DataType dtype);
 Tensor<3> make_lse(Case const& c, DataType dtype);
 
-// What the fp64 reference backend makes of the data: of the same numbers and the same selection, all in float64.
+// What the fp64 reference backend makes of the data: of the same numbers and the same selection,
+// all in float64.
 struct ReferenceResult {
   Tensor<4> out;
   Tensor<3> lse;
@@ -152,8 +154,8 @@ struct ReferenceResult {
 ReferenceResult attend_reference(Case const& c, CaseData const& data,
                                  SelectionTensors const& selection);
 
-// |ours - reference| that is allowed at this dtype for an output of that size, with inputs from a standard normal: twice the
-// rounding of weights and output, and a floor for sums in float32.
+// |ours - reference| that is allowed at this dtype for an output of that size, with inputs from a
+// standard normal: twice the rounding of weights and output, and a floor for sums in float32.
 double output_tolerance(DataType dtype, double reference);
 
 std::string join(std::array<std::int64_t, 4> const& index);

@@ -1,4 +1,5 @@
-// attend on the CPU against the fp64 reference, over the case table, every dtype and every instruction set of the machine.
+// attend on the CPU against the fp64 reference, over the case table, every dtype and every
+// instruction set of the machine.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -65,8 +66,8 @@ TEST_P(AttendCase, MatchesReference) {
       ScopedIsa const scoped(isa);
       Result const ours = attend_cpu(c, dtype, data, selection, 2);
       expect_close(dtype, ours, reference);
-      // Work is split over threads in any shape without a change of any bit (gaps between rows, which are never written,
-      // included).
+      // Work is split over threads in any shape without a change of any bit (gaps between rows,
+      // which are never written, included).
       for (int const num_threads : {1, 5}) {
         Result const other = attend_cpu(c, dtype, data, selection, num_threads);
         EXPECT_TRUE(other.out.memory() == ours.out.memory() &&

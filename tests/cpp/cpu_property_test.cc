@@ -30,7 +30,8 @@ struct Forward {
   Tensor<3> lse;
 };
 
-// Every key of the pool is selected with gate 1: causal attention, written out here without the library.
+// Every key of the pool is selected with gate 1: causal attention, written out here without the
+// library.
 TEST(AttendProperty, SelectingEverythingIsDenseCausalAttention) {
   Case c = kSmall;
   c.select.num_selected = c.seq_len_k;
@@ -143,7 +144,8 @@ TEST(AttendProperty, NanStaysWhereItIs) {
   }
 }
 
-// Any method that drops keys for good is an expiry; such a selection has neither thresholds nor a configuration.
+// Any method that drops keys for good is an expiry; such a selection has neither thresholds nor a
+// configuration.
 TEST(AttendProperty, ForeignSelectionMatchesReference) {
   std::mt19937 random(11);
   for (std::int64_t const num_queries : {200, 3}) {
@@ -153,7 +155,8 @@ TEST(AttendProperty, ForeignSelectionMatchesReference) {
     CaseData const data(c, DataType::kFloat32);
     Tensor<3> expiry(DataType::kInt32, {1, 2, 200});
     expiry.for_each([&](auto const& i) {
-      // Some keys are never seen, some beyond the end of the sequence; 60 ... 79 leave rows without any key.
+      // Some keys are never seen, some beyond the end of the sequence; 60 ... 79 leave rows without
+      // any key.
       auto const lifetime = static_cast<std::int64_t>(random() % 150);
       expiry.set(i, static_cast<double>(i[2] < 80 ? std::min<std::int64_t>(i[2] + lifetime, 60)
                                                   : i[2] + lifetime));

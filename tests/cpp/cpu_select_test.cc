@@ -1,5 +1,5 @@
-// select on the CPU against the fp64 reference: expiry and last_candidate bit for bit, thresholds within two units in the last
-// place of the scores around them.
+// select on the CPU against the fp64 reference: expiry and last_candidate bit for bit, thresholds
+// within two units in the last place of the scores around them.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -72,7 +72,8 @@ TEST_P(SelectCase, SameBitsWhateverTheThreads) {
 INSTANTIATE_TEST_SUITE_P(Table, SelectCase, ::testing::ValuesIn(case_table()),
                          [](auto const& info) { return info.param.name; });
 
-// Small random problems: every relation of k, M, w, C and S, scores from few values with gaps of exactly 0, 1/4, 1/2 and 1.
+// Small random problems: every relation of k, M, w, C and S, scores from few values with gaps of
+// exactly 0, 1/4, 1/2 and 1.
 TEST(Select, MatchesReferenceOnRandomSmallProblems) {
   std::mt19937 random(3);
   auto const below = [&](std::int64_t n) {
