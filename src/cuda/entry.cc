@@ -1,6 +1,6 @@
 // The CUDA backend as problem.hpp declares it: the right device, the choice of kernel, then the kernel.
+#include <algorithm>
 #include <string>
-#include <vector>
 
 #include "cuda/portable/score/key_norm.hpp"
 #include "cuda/portable/select/select.hpp"
@@ -44,6 +44,10 @@ constexpr AttendKernel kAttendKernels[] = {
 #endif
     {nullptr, Backend::kAuto, nullptr, nullptr, nullptr}};  // the list may be empty otherwise
 
+bool is_candidate(Context const& context, AttendKernel const& kernel) {
+  return kernel.name && (context.backend == Backend::kAuto || context.backend == kernel.backend);
+}
+
 std::string architecture_name(int compute_capability) {
   return "sm_" + std::to_string(compute_capability);
 }
@@ -56,11 +60,9 @@ AttendKernel const* choose_attend(Context const& context, AttendProblem const& p
   auto const add = [&](std::string const& kernel, std::string const& why) {
     reasons += (reasons.empty() ? "" : "; ") + kernel + ": " + why;
   };
-  bool const any_backend = context.backend == Backend::kAuto;
   AttendKernel const* chosen = nullptr;
   for (AttendKernel const& kernel : kAttendKernels) {
-    if (!kernel.name || chosen) break;
-    if (!any_backend && kernel.backend != context.backend) continue;
+    if (!is_candidate(context, kernel)) continue;
     std::string why;
     if (kernel.backend == Backend::kSm90 && architecture != 90) {
       why = "needs an sm_90 device, this one is " + architecture_name(architecture);
@@ -118,10 +120,18 @@ void attend(Context const& context, AttendProblem const& p) {
   kernel.run(context, p);
 }
 
+// NOTE: the question knows shapes only. Tensors whose rows are not aligned may meet another kernel at run time than the one
+// that serves aligned ones, so the answer is the most that any candidate takes.
 std::size_t attend_workspace(Context const& context, AttendProblem const& p) {
-  AttendKernel const& kernel = require_attend(context, p);
+  require_attend(context, p);
   DeviceGuard const guard(context.device);
-  return kernel.workspace(context, p);
+  std::size_t bytes = 0;
+  for (AttendKernel const& kernel : kAttendKernels) {
+    if (is_candidate(context, kernel) && kernel.supported(p, nullptr)) {
+      bytes = std::max(bytes, kernel.workspace(context, p));
+    }
+  }
+  return bytes;
 }
 
 std::string attend_kernel_name(Context const& context, AttendProblem const& p,

@@ -162,6 +162,54 @@ __device__ inline RankedKey rank_few(Team const& team, float const* scores, int 
   return found;
 }
 
+// select_ranked among the keys whose ordered scores lie in [first, last]. Not inlined: rarely taken, and hungry for registers.
+template <typename Team>
+__device__ __noinline__ RankedKey select_in_range(Team team, float const* scores,
+                                                  int const* positions, int count, int rank,
+                                                  unsigned first, unsigned last) {
+  while (first < last) {
+    int const shift = max(0, 32 - __clz(last - first) - 7);
+    Bin const digit = histogram_round(team, count, rank, [&](int i) {
+      unsigned const key = ordered(scores[i]);
+      return key >= first && key <= last ? static_cast<int>((key - first) >> shift) : -1;
+    });
+    rank -= digit.above;
+    first += static_cast<unsigned>(digit.index) << shift;
+    last = first + min(last - first, (1u << shift) - 1);  // without wrapping around
+    if (digit.count <= kGather) {
+      return rank_few(team, scores, positions, count, rank, [&](int i) {
+        unsigned const key = ordered(scores[i]);
+        return key >= first && key <= last;
+      });
+    }
+  }
+  // More than kGather equal scores: the same with their positions, the smallest first.
+  unsigned nearest = ~0u, farthest = 0u;
+  for (int i = team.rank(); i < count; i += team.size()) {
+    if (ordered(scores[i]) == first) {
+      unsigned const position = positions[i];
+      nearest = min(nearest, position), farthest = max(farthest, position);
+    }
+  }
+  nearest = team.min(nearest), farthest = team.max(farthest);
+  for (;;) {
+    int const shift = max(0, 32 - __clz(farthest - nearest) - 7);
+    auto const is_in = [&](int i) {
+      unsigned const position = positions[i];
+      return ordered(scores[i]) == first && position >= nearest && position <= farthest;
+    };
+    Bin const digit = histogram_round(team, count, rank, [&](int i) {
+      return is_in(i) ? kBins - 1 - static_cast<int>((positions[i] - nearest) >> shift) : -1;
+    });
+    rank -= digit.above;
+    nearest += static_cast<unsigned>(kBins - 1 - digit.index) << shift;
+    farthest = nearest + min(farthest - nearest, (1u << shift) - 1);
+    if (digit.count <= kGather || farthest <= nearest) {
+      return rank_few(team, scores, positions, count, rank, is_in);
+    }
+  }
+}
+
 // The `rank`-th ranked key (1-based) of a list of at least `rank` keys. Only keys with scores in [low, high] take part; at least
 // `rank` do, and none lies above high.
 //
@@ -170,12 +218,14 @@ __device__ inline RankedKey rank_few(Team const& team, float const* scores, int 
 template <typename Team>
 __device__ RankedKey select_ranked(Team const& team, float const* scores, int const* positions,
                                    int count, int rank, float low, float high) {
-  float const per_unit = kBins / (high - low);
+  float const scale = 1.0f / (high - low);  // 0 where the range overflows: then one bin takes all
+  float const offset = -low * scale;
   auto const linear_bin = [&](int i) {
     float const u = scores[i];
-    // NOTE: float subtraction, product and conversion are monotone, so bins never swap keys.
-    int const bin = min(static_cast<int>((u - low) * per_unit), kBins - 1);
-    return u >= low ? max(bin, 0) : -1;
+    // NOTE: every step is monotone, so bins never swap keys. The sum's last bits are the product rounded to an integer, which
+    // saves a slow conversion.
+    float const rounded = fmaf(__saturatef(fmaf(u, scale, offset)), kBins - 1, 0x1.8p23f);
+    return u >= low ? __float_as_int(rounded) & (kBins - 1) : -1;
   };
   Bin const bin = histogram_round(team, count, rank, linear_bin);
   rank -= bin.above;
@@ -190,41 +240,7 @@ __device__ RankedKey select_ranked(Team const& team, float const* scores, int co
       first = min(first, key), last = max(last, key);
     }
   }
-  first = team.min(first), last = team.max(last);
-  while (first < last) {
-    int const shift = max(0, 32 - __clz(last - first) - 7);
-    Bin const digit = histogram_round(team, count, rank, [&](int i) {
-      unsigned const key = ordered(scores[i]);
-      return key >= first && key <= last ? static_cast<int>((key - first) >> shift) : -1;
-    });
-    rank -= digit.above;
-    first += static_cast<unsigned>(digit.index) << shift;
-    last = min(last, first + ((1u << shift) - 1));
-    if (digit.count <= kGather) {
-      return rank_few(team, scores, positions, count, rank, [&](int i) {
-        unsigned const key = ordered(scores[i]);
-        return key >= first && key <= last;
-      });
-    }
-  }
-  // More than kGather equal scores: the rank-th smallest position among them, by bisection.
-  int low_position = 0, high_position = INT_MAX;
-  float score = 0.0f;
-  while (low_position < high_position) {
-    int const middle = low_position + (high_position - low_position) / 2;
-    int below = 0;
-    for (int i = team.rank(); i < count; i += team.size()) {
-      below += ordered(scores[i]) == first && positions[i] <= middle;
-    }
-    if (team.sum(below) >= rank) {
-      high_position = middle;
-    } else {
-      low_position = middle + 1;
-    }
-  }
-  unsigned const bits = first & 0x80000000u ? first ^ 0x80000000u : ~first;
-  score = __uint_as_float(bits);
-  return {score, low_position};
+  return select_in_range(team, scores, positions, count, rank, team.min(first), team.max(last));
 }
 
 template <typename Team>
@@ -240,11 +256,60 @@ struct Truncation {
   int num_at_floor = 0;
 };
 
+// A thread's share of the sum over a list at one trial value of tau: how many scores lie above tau and above tau + 1, and the sum of
+// those between.
+// NOTE: written with predicates because the compiler makes selects and moves of it, 11 instructions instead of 7.
+struct ClippedSum {
+  int positive = 0, saturated = 0;
+  float sum = 0.0f, rest = 0.0f;
+
+  // Adds u - kth, with float rounding.
+  __device__ void add(float u, float zero, float one, float kth) {
+    asm("{\n"
+        " .reg .pred above, full, between;\n"
+        " .reg .f32 difference;\n"
+        " setp.gt.f32 above, %3, %4;\n"
+        " setp.gt.f32 full, %3, %5;\n"
+        " setp.le.and.f32 between, %3, %5, above;\n"
+        " sub.f32 difference, %3, %6;\n"
+        " @above add.s32 %0, %0, 1;\n"
+        " @full add.s32 %1, %1, 1;\n"
+        " @between add.f32 %2, %2, difference;\n"
+        "}"
+        : "+r"(positive), "+r"(saturated), "+f"(sum)
+        : "f"(u), "f"(zero), "f"(one), "f"(kth));
+  }
+
+  // Adds u - on_grid(kth). u is split at a grid of 2^-12: the coarse part's sums are exact for kExactAdds scores (they span at most 2),
+  // and the fine part's errors lie far below an ulp.
+  static constexpr int kExactAdds = 1024;
+  __device__ static float on_grid(float u) { return __fsub_rn(__fadd_rn(u, 0x1.8p11f), 0x1.8p11f); }
+  __device__ void add_exactly(float u, float zero, float one, float kth_on_grid) {
+    float const coarse = on_grid(u);
+    asm("{\n"
+        " .reg .pred above, full, between;\n"
+        " .reg .f32 difference, fine;\n"
+        " setp.gt.f32 above, %4, %5;\n"
+        " setp.gt.f32 full, %4, %6;\n"
+        " setp.le.and.f32 between, %4, %6, above;\n"
+        " sub.f32 difference, %7, %8;\n"
+        " sub.f32 fine, %4, %7;\n"
+        " @above add.s32 %0, %0, 1;\n"
+        " @full add.s32 %1, %1, 1;\n"
+        " @between add.f32 %2, %2, difference;\n"
+        " @between add.f32 %3, %3, fine;\n"
+        "}"
+        : "+r"(positive), "+r"(saturated), "+f"(sum), "+f"(rest)
+        : "f"(u), "f"(zero), "f"(one), "f"(coarse), "f"(kth_on_grid));
+  }
+};
+
 // The stored threshold: sup{tau : sum_j clip(u_j - tau, 0, 1) >= k} over the (truncated) list, rounded down, below kth.
 //
 // With t = tau - kth in [-1, 0), the sum is a non-increasing, piecewise linear function of t: saturated + sum of the interior
 // keys' (u_j - kth) - interior * t. Newton steps within a bracket; they end when a step falls on the piece that it came from, which is
 // then the exact solution. `low`: a value that the threshold is known not to lie below; `guess`: where to begin, as t.
+// The first two passes round as floats do; the later ones, with the one that decides, do not.
 template <typename Team>
 __device__ float solve_threshold(Team const& team, float const* scores, int count, int k, float kth,
                                  Truncation const& truncation, float low, double guess) {
@@ -252,36 +317,34 @@ __device__ float solve_threshold(Team const& team, float const* scores, int coun
   double lowest = fmax(-1.0, static_cast<double>(low) - base);
   double highest = 0.0;
   double t = guess >= lowest && guess < highest ? guess : lowest;
+  float const kth_on_grid = ClippedSum::on_grid(kth);
   int last_saturated = -1, last_interior = -1;
   for (int step = 0; step < 100; ++step) {
+    bool const decides = step >= 2;
     // u - tau > 0 if and only if u > the largest float that is not above tau.
     float const zero = fmaxf(__double2float_rd(base + t), truncation.floor);
     float const one = fmaxf(__double2float_rd(base + t + 1.0), truncation.floor);
-    int saturated = 0, interior = 0;
+    ClippedSum share;
     double sum = 0.0;
-    int i = team.rank();
-    // Eight differences are summed in float (their error is far below an ulp of tau), the rest in double.
-    for (; i + 7 * team.size() < count; i += 8 * team.size()) {
-      float part = 0.0f;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        float const u = scores[i + j * team.size()];
-        if (u > one) ++saturated;
-        if (u > zero) ++interior;
-        if (u > zero && !(u > one)) part += u - kth;
+    if (decides) {
+      for (int first = 0; first < count; first += ClippedSum::kExactAdds * team.size()) {
+        int const end = min(count, first + ClippedSum::kExactAdds * team.size());
+        share.sum = share.rest = 0.0f;
+#pragma unroll 4
+        for (int i = first + team.rank(); i < end; i += team.size()) {
+          share.add_exactly(scores[i], zero, one, kth_on_grid);
+        }
+        sum += static_cast<double>(share.sum) + share.rest;
       }
-      sum += part;
+    } else {
+#pragma unroll 4
+      for (int i = team.rank(); i < count; i += team.size()) share.add(scores[i], zero, one, kth);
+      sum = share.sum;
     }
-    float part = 0.0f;
-    for (; i < count; i += team.size()) {
-      float const u = scores[i];
-      if (u > one) ++saturated;
-      if (u > zero) ++interior;
-      if (u > zero && !(u > one)) part += u - kth;
-    }
-    sum = team.sum(sum + part);
-    saturated = team.sum(saturated);
-    interior = team.sum(interior) - saturated;
+    sum = team.sum(sum);
+    int saturated = team.sum(share.saturated);
+    int interior = team.sum(share.positive) - saturated;
+    if (decides) sum += interior * (static_cast<double>(kth_on_grid) - base);
     if (truncation.num_at_floor > 0) {
       double const u = static_cast<double>(truncation.floor) - base;
       if (u > t + 1.0) {
@@ -291,16 +354,19 @@ __device__ float solve_threshold(Team const& team, float const* scores, int coun
         sum += truncation.num_at_floor * u;
       }
     }
-    if (saturated == last_saturated && interior == last_interior) break;
-    last_saturated = saturated, last_interior = interior;
     double const excess = saturated + sum - k;  // + (-interior * t): of the sum over k
+    double next = interior > 0 ? excess / interior : 2.0;
+    bool const same_piece = saturated == last_saturated && interior == last_interior;
+    if (decides && (same_piece || next == t)) {
+      if (same_piece && interior > 0) t = fmin(fmax(next, lowest), highest);
+      break;
+    }
+    last_saturated = saturated, last_interior = interior;
     if (excess - interior * t >= 0.0) {
       lowest = t;
     } else {
       highest = t;
     }
-    double next = interior > 0 ? excess / interior : 2.0;
-    if (next == t) break;
     if (!(next >= lowest && next < highest)) {
       next = 0.5 * (lowest + highest);
       last_saturated = -1;  // a bisection step solves nothing: the next piece must be seen twice

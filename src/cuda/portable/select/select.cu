@@ -9,8 +9,7 @@
 namespace sparsek::cuda::portable {
 namespace {
 
-constexpr int kRoundKeys = 512;      // keys of a round with few warps
-constexpr int kMaxRoundMarks = 256;  // their thresholds lie in shared memory
+constexpr int kRoundKeys = 512;  // keys of a round with few warps
 constexpr std::int64_t kMinSegment =
     4096;  // keys: shorter segments cost more at their start than they save
 constexpr std::size_t kMaxStartBytes = std::size_t{512} << 20;
@@ -29,17 +28,26 @@ SelectPlan plan_select(SelectProblem const& p, DeviceProperties const& device) {
   // them on a row where it is long enough.
   plan.num_segments = static_cast<int>(std::clamp<std::int64_t>(
       p.seq_len / kMinSegment, 1, std::max(1, device.num_sms / std::max(1, plan.rows))));
-  plan.num_warps = plan.rows >= 2 * device.num_sms ? 4 : 16;
+  plan.num_warps = plan.rows >= 2 * device.num_sms ? kNarrowWarps : kWideWarps;
   plan.group_size = 1;
   while (plan.group_size * plan.group_size < plan.num_segments) ++plan.group_size;
   plan.num_groups = ceil_div(plan.num_segments, plan.group_size);
 
   int const span = Marks::span(p.chunk_size);
-  plan.round_marks = std::clamp(kRoundKeys / span, plan.num_warps, kMaxRoundMarks);
-  plan.list_capacity = static_cast<int>(
-      (std::min(p.num_candidates, p.seq_len) + std::int64_t{plan.round_marks} * span + 3) / 4 * 4);
-  plan.shared_list = states_shared_bytes(plan.num_warps) + plan.list_capacity * kKeyBytes <=
-                     static_cast<std::size_t>(device.shared_bytes_per_block);
+  plan.short_chunks = Marks(p.chunk_size, 0, 1).chunks_per_mark > 1;
+  auto const fits = [&] {
+    plan.round_marks = std::clamp(kRoundKeys / span,
+                                  std::max(plan.num_warps, kRoundKeys / kMarkSpan), kMaxRoundMarks);
+    plan.list_capacity =
+        static_cast<int>(std::min(p.num_candidates, p.seq_len)) + plan.round_marks * span;
+    return states_shared_bytes(plan) + plan.list_capacity * kKeyBytes <=
+           static_cast<std::size_t>(device.shared_bytes_per_block);
+  };
+  plan.shared_list = fits();
+  if (!plan.shared_list) {  // the kernels for lists in global memory have wide blocks
+    plan.num_warps = kWideWarps;
+    plan.shared_list = fits();
+  }
 
   plan.start_capacity = static_cast<int>(std::min(
       p.seq_len, (plan.group_size + plan.num_groups) * std::min(p.num_candidates, p.seq_len)));
@@ -53,8 +61,7 @@ SelectPlan plan_select(SelectProblem const& p, DeviceProperties const& device) {
 SelectWorkspace lay_out(SelectPlan const& plan, std::byte* base) {
   Carver carver(base);
   SelectWorkspace w{};
-  w.kth_score = carver.take<float>(plan.num_chunks);
-  w.kth_position = carver.take<int>(plan.num_chunks);
+  w.kth = carver.take<RankedKey>(plan.num_chunks);
   std::size_t const blocks = static_cast<std::size_t>(plan.rows) * plan.num_segments;
   if (!plan.shared_list) {
     w.list_score = carver.take<float>(blocks * plan.list_capacity);

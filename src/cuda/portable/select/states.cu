@@ -9,73 +9,16 @@
 // Few long rows: each row is cut into segments, one block each. A block needs the candidates of everything before its segment, and candidates of
 // a union are candidates of its parts. So (a) each segment, then (b) each group of segments is condensed to its candidates, and (c) a
 // block starts from the lists of the groups and segments before it.
+#include "cuda/portable/select/between_marks.cuh"
 #include "cuda/portable/select/candidates.cuh"
 #include "cuda/portable/select/plan.hpp"
+#include "cuda/portable/select/state.cuh"
 
 namespace sparsek::cuda::portable {
 namespace {
 
-constexpr int kMaxRoundMarks = 256;
 constexpr int kCondenseThreads = 512;
 constexpr int kPerThread = 4;  // keys that a thread moves per tile of a compaction
-
-// What is known of a pool.
-struct State {
-  RankedKey kth{-INFINITY, INT_MAX};  // of a pool of at most k keys: ranks after every key
-  RankedKey cut{-INFINITY, INT_MAX};  // the num_candidates-th, where it truncates the list
-  float threshold = -INFINITY;
-};
-
-// The configuration, in the kernels' integers.
-struct Config {
-  int k, num_candidates;
-  bool
-      rank_candidates;  // last_candidate is wanted: keep all candidates, not only those above the threshold
-
-  __device__ Config(SelectProblem const& p, Row const& r)
-      : k(static_cast<int>(p.num_selected)),
-        num_candidates(static_cast<int>(p.num_candidates)),
-        rank_candidates(p.last_candidate != nullptr && p.num_candidates < r.valid &&
-                        p.num_candidates > 0) {}
-
-  // Whether a key can still matter to a pool that contains one of this state.
-  __device__ bool keeps(State const& state, float score, int position) const {
-    return !ranks_after(score, position, state.cut) && (rank_candidates || score > state.threshold);
-  }
-  // The least score that `keeps` lets through.
-  __device__ float least(State const& state) const {
-    return rank_candidates ? state.cut.score : fmaxf(state.cut.score, state.threshold);
-  }
-};
-
-// The state of a pool of `pool` keys, of which the list holds all that matter. `before`: a state of an earlier pool; every score lies
-// in [low, high]; `guess`: threshold - k-th score, roughly.
-template <typename Team>
-__device__ State state_of(Team const& team, Config const& config, float const* scores,
-                          int const* positions, int count, int pool, State const& before, float low,
-                          float high, float guess) {
-  State state;
-  int const k = config.k, m = config.num_candidates;
-  if (pool <= k) return state;
-  low = fmaxf(low, config.least(before));
-  Truncation truncation;
-  if (m > 0 && (config.rank_candidates ? pool > m : count > m)) {
-    state.cut = select_ranked(team, scores, positions, count, m, low, high);
-  }
-  if (k == 0) {
-    state.kth = {INFINITY, -1};
-    state.threshold = INFINITY;
-    return state;
-  }
-  state.kth = select_ranked(team, scores, positions, count, k, fmaxf(low, before.kth.score), high);
-  if (state.cut.score > before.threshold) {
-    truncation.floor = state.cut.score;
-    truncation.num_at_floor = m - count_above(team, scores, count, state.cut.score);
-  }
-  state.threshold =
-      solve_threshold(team, scores, count, k, state.kth.score, truncation, before.threshold, guess);
-  return state;
-}
 
 // Appends the keys that load(i, score, position) lets through, i = 0 ... count - 1, in this order, at list[size ...], and
 // returns the new size. Ends with its writes not yet visible to other threads.
@@ -141,17 +84,17 @@ __device__ void range_of(Team const& team, float const* scores, int count, float
   low = score(least), high = score(largest);
 }
 
-// The first index of an ascending list that is not less than `bound`.
+// The number of an ascending list's entries that are less than `bound`, by a warp: 32 probes at a time.
 __device__ int lower_bound(int const* positions, int count, int bound) {
-  int first = 0;
+  int const lane = threadIdx.x % 32;
+  int first = 0;  // entries before it are less
   while (count > 0) {
-    int const half = count / 2;
-    if (positions[first + half] < bound) {
-      first += half + 1;
-      count -= half + 1;
-    } else {
-      count = half;
-    }
+    int const step = (count + 31) / 32;
+    int const probe = lane * step + step - 1;
+    bool const less = probe < count && positions[first + probe] < bound;
+    int const blocks = __popc(__ballot_sync(~0u, less));
+    first += blocks * step;
+    count = min(count - blocks * step, step - 1);
   }
   return first;
 }
@@ -168,22 +111,24 @@ struct Segment {
   // Its keys: [pool_end(first - 1), pool_end(end - 1)).
 };
 
-template <int kWarps>
+// kShort: chunks may be short, so that a mark stands for many of them.
+template <int kWarps, bool kShort>
 struct StatesShared {
   TeamScratch team[kWarps];
-  typename BlockTeam<kWarps * 32>::Exchange exchange;
-  float thresholds[kMaxRoundMarks];
+  typename BlockTeam<kWarps * 32>::Exchange exchange;  // only where a row has several blocks
+  float thresholds[kShort ? (kWarps > 4 ? kWarps : 4) * kMarkSpan
+                          : kMaxRoundMarks];  // of the round's chunks
+  State marks[kMaxRoundMarks];
   Compaction<kWarps> compaction;
-  State last;
   float running;
   unsigned least, largest;  // ordered scores of the pools so far
 };
 
-template <int kWarps, bool kSharedList>
-__global__ void __launch_bounds__(kWarps * 32, kWarps == 4 ? 12 : 1)
+template <int kWarps, bool kSharedList, bool kShort>
+__global__ void __launch_bounds__(kWarps * 32, kWarps == kWideWarps ? 1 : kNarrowBlocks)
     states_kernel(SelectProblem p, SelectPlan plan, SelectWorkspace w) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
-  auto& shared = *reinterpret_cast<StatesShared<kWarps>*>(shared_memory);
+  auto& shared = *reinterpret_cast<StatesShared<kWarps, kShort>*>(shared_memory);
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int const row = blockIdx.x / plan.num_segments, segment_index = blockIdx.x % plan.num_segments;
   Row const r = row_of(p, row);
@@ -193,8 +138,12 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == 4 ? 12 : 1)
 
   float* scores;
   int* positions;
+  // Behind the shared struct: the critical keys where chunks are short, then the list.
+  std::size_t at = sizeof(StatesShared<kWarps, kShort>);
+  auto* const critical_keys = reinterpret_cast<CriticalKeys*>(shared_memory + at);
+  if constexpr (kShort) at += kWarps * sizeof(CriticalKeys);
   if constexpr (kSharedList) {
-    scores = reinterpret_cast<float*>(shared_memory + sizeof(StatesShared<kWarps>));
+    scores = reinterpret_cast<float*>(shared_memory + at);
     positions = reinterpret_cast<int*>(scores + plan.list_capacity);
   } else {
     scores = w.list_score + std::int64_t{blockIdx.x} * plan.list_capacity;
@@ -202,8 +151,7 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == 4 ? 12 : 1)
   }
   float* const thresholds = static_cast<float*>(p.threshold) + r.chunks;
   auto const store = [&](int chunk, State const& state) {
-    w.kth_score[r.chunks + chunk] = state.kth.score;
-    w.kth_position[r.chunks + chunk] = state.kth.position;
+    w.kth[r.chunks + chunk] = state.kth;
     if (p.last_candidate) {
       p.last_candidate[r.chunks + chunk] =
           state.cut.position == INT_MAX || !config.rank_candidates ? -1 : state.cut.position;
@@ -228,64 +176,71 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == 4 ? 12 : 1)
   if (threadIdx.x == 0) shared.least = ~0u, shared.largest = 0u;
   __syncthreads();
 
-  if (segment_index > 0) {
-    // Gather the candidates of everything before, then keep those of the union.
-    float* const start_scores = w.start_score + std::int64_t{blockIdx.x} * plan.start_capacity;
-    int* const start_positions = w.start_position + std::int64_t{blockIdx.x} * plan.start_capacity;
-    int gathered = 0;
-    auto const gather = [&](float const* from_scores, int const* from_positions, int count) {
-      for (int i = threadIdx.x; i < count; i += kWarps * 32) {
-        start_scores[gathered + i] = from_scores[i];
-        start_positions[gathered + i] = from_positions[i];
+  if constexpr (kWarps == kWideWarps) {
+    if (segment_index > 0) {
+      // Gather the candidates of everything before, then keep those of the union.
+      float* const start_scores = w.start_score + std::int64_t{blockIdx.x} * plan.start_capacity;
+      int* const start_positions =
+          w.start_position + std::int64_t{blockIdx.x} * plan.start_capacity;
+      int gathered = 0;
+      auto const gather = [&](float const* from_scores, int const* from_positions, int count) {
+        for (int i = threadIdx.x; i < count; i += kWarps * 32) {
+          start_scores[gathered + i] = from_scores[i];
+          start_positions[gathered + i] = from_positions[i];
+        }
+        gathered += count;
+      };
+      int const group = segment_index / plan.group_size;
+      for (int g = 0; g < group; ++g) {
+        Segment const s(marks, g * plan.group_size, plan.num_segments);
+        std::int64_t const at = r.expiry + marks.pool_end(s.first - 1);
+        gather(w.group_score + at, w.group_position + at, w.group_count[row * plan.num_groups + g]);
       }
-      gathered += count;
-    };
-    int const group = segment_index / plan.group_size;
-    for (int g = 0; g < group; ++g) {
-      Segment const s(marks, g * plan.group_size, plan.num_segments);
-      std::int64_t const at = r.expiry + marks.pool_end(s.first - 1);
-      gather(w.group_score + at, w.group_position + at, w.group_count[row * plan.num_groups + g]);
+      for (int g = group * plan.group_size; g < segment_index; ++g) {
+        Segment const s(marks, g, plan.num_segments);
+        std::int64_t const at = r.expiry + marks.pool_end(s.first - 1);
+        gather(w.segment_score + at, w.segment_position + at,
+               w.segment_count[row * plan.num_segments + g]);
+      }
+      __syncthreads();
+      BlockTeam<kWarps * 32> const team(&shared.exchange);
+      float low, high;
+      range_of(team, start_scores, gathered, low, high);
+      if (threadIdx.x == 0) shared.least = ordered(low), shared.largest = ordered(high);
+      state = state_of(team, config, start_scores, start_positions, gathered,
+                       marks.pool_end(segment.first - 1), State{}, low, high, guess);
+      Filter const filter(config, state);
+      size = shared.compaction.append(gathered, 0, scores, positions, parity,
+                                      [&](int i, float& score, int& position) {
+                                        score = start_scores[i];
+                                        position = start_positions[i];
+                                        return filter.keeps(score, position);
+                                      });
+      running = state.threshold;
+      __syncthreads();
     }
-    for (int g = group * plan.group_size; g < segment_index; ++g) {
-      Segment const s(marks, g, plan.num_segments);
-      std::int64_t const at = r.expiry + marks.pool_end(s.first - 1);
-      gather(w.segment_score + at, w.segment_position + at,
-             w.segment_count[row * plan.num_segments + g]);
-    }
-    __syncthreads();
-    BlockTeam<kWarps * 32> const team(&shared.exchange);
-    float low, high;
-    range_of(team, start_scores, gathered, low, high);
-    if (threadIdx.x == 0) shared.least = ordered(low), shared.largest = ordered(high);
-    state = state_of(team, config, start_scores, start_positions, gathered,
-                     marks.pool_end(segment.first - 1), State{}, low, high, guess);
-    size = shared.compaction.append(gathered, 0, scores, positions, parity,
-                                    [&](int i, float& score, int& position) {
-                                      score = start_scores[i];
-                                      position = start_positions[i];
-                                      return config.keeps(state, score, position);
-                                    });
-    running = state.threshold;
-    __syncthreads();
   }
 
   for (int first = segment.first; first < segment.end; first += plan.round_marks) {
     int const round_marks = min(plan.round_marks, segment.end - first);
     int const begin = marks.pool_end(first - 1), end = marks.pool_end(first + round_marks - 1);
     unsigned least = ~0u, largest = 0u;
+    Filter const filter(config, state);
     int const old = shared.compaction.append(size, 0, scores, positions, parity,
                                              [&](int i, float& score, int& position) {
                                                score = scores[i];
                                                position = positions[i];
-                                               return config.keeps(state, score, position);
+                                               return filter.keeps(score, position);
                                              });
+    float const* const new_scores = r.scores + begin * r.stride;
     size = shared.compaction.append(end - begin, old, scores, positions, parity,
                                     [&](int i, float& score, int& position) {
                                       position = begin + i;
-                                      score = sanitized(r.scores[position * r.stride]);
+                                      score = sanitized(new_scores[i * r.stride]);
                                       unsigned const key = ordered(score);
                                       least = min(least, key), largest = max(largest, key);
-                                      return config.keeps(state, score, position);
+                                      // Later than all before: equal to the floor is not enough.
+                                      return score > filter.floor;
                                     });
     least = __reduce_min_sync(~0u, least), largest = __reduce_max_sync(~0u, largest);
     if (lane == 0) {
@@ -299,38 +254,92 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == 4 ? 12 : 1)
     };
     float const low = score_of(shared.least), high = score_of(shared.largest);
     WarpTeam const team(&shared.team[warp]);
+    int const chunk_base = marks.chunk(first - 1) + 1;
+    auto const list_size = [&](int pool) {
+      return old + lower_bound(positions + old, size - old, pool);
+    };
+    auto const compute = [&](int pool, State const& before) {
+      return state_of(team, config, scores, positions, list_size(pool), pool, before, low, high,
+                      guess);
+    };
     for (int i = warp; i < round_marks; i += kWarps) {
-      int const pool = marks.pool_end(first + i);
-      int const count = old + lower_bound(positions + old, size - old, pool);
-      State const here =
-          state_of(team, config, scores, positions, count, pool, state, low, high, guess);
+      State const here = compute(marks.pool_end(first + i), state);
       if (lane == 0) {
-        shared.thresholds[i] = here.threshold;
-        int const chunk = marks.chunk(first + i);
-        if (chunk >= 0) store(chunk, here);
-        if (i == round_marks - 1) shared.last = here;
+        shared.marks[i] = here;
+        if (marks.completes_chunk(first + i)) {
+          int const chunk = marks.chunk(first + i);
+          shared.thresholds[chunk - chunk_base] = here.threshold;
+          store(chunk, here);
+        }
       }
     }
     __syncthreads();
+    if constexpr (kShort) {
+      for (int i = warp; marks.chunks_per_mark > 1 && i < round_marks; i += kWarps) {
+        State const before = i == 0 ? state : shared.marks[i - 1], after = shared.marks[i];
+        BetweenMarks const between{marks,
+                                   scores,
+                                   positions,
+                                   i == 0 ? old : list_size(marks.pool_end(first + i - 1)),
+                                   list_size(marks.pool_end(first + i)),
+                                   marks.chunk(first + i - 1) + 1,
+                                   marks.chunk(first + i),
+                                   before,
+                                   after};
+        for (int c = between.first_chunk + lane; c < between.end_chunk; c += 32) {
+          // What holds where the pool is too small for a k-th key or a cut, and where k = 0.
+          State small;
+          if (config.k == 0 && marks.pool_end_of_chunk(c) > 0) {
+            small.kth = {INFINITY, -1};
+            small.threshold = INFINITY;
+          }
+          store(c, small);
+          shared.thresholds[c - chunk_base] = small.threshold;
+        }
+        bool const truncated = after.cut.position != INT_MAX;
+        bool settled = config.k == 0 || after.kth.position == INT_MAX;
+        CriticalKeys& critical = critical_keys[warp];
+        if (!settled && !(truncated && after.cut.score > before.threshold)) {
+          rank_between(between, critical, config.k, before.kth, after.kth,
+                       [&](int c, RankedKey const& kth) { w.kth[r.chunks + c] = kth; });
+          settled = thresholds_between(
+              between, critical, config.k, [&](int c) { return w.kth[r.chunks + c].score; },
+              [&](int c, float threshold) { shared.thresholds[c - chunk_base] = threshold; });
+        }
+        if (settled && config.rank_candidates && truncated) {
+          rank_between(
+              between, critical, config.num_candidates, before.cut, after.cut,
+              [&](int c, RankedKey const& cut) { p.last_candidate[r.chunks + c] = cut.position; });
+        }
+        __syncwarp();
+        for (int c = between.first_chunk; !settled && c < between.end_chunk; ++c) {
+          State const here = compute(marks.pool_end_of_chunk(c), state);
+          if (lane == 0) {
+            shared.thresholds[c - chunk_base] = here.threshold;
+            store(c, here);
+          }
+          __syncwarp();
+        }
+      }
+      __syncthreads();
+    }
 
-    // Stored thresholds never fall, although rounding may differ from mark to mark.
-    state = shared.last;
+    // Stored thresholds never fall, although rounding may differ from chunk to chunk.
+    state = shared.marks[round_marks - 1];
     if (warp == 0) {
-      for (int base = 0; base < round_marks; base += 32) {
+      int const round_chunks = marks.chunk(first + round_marks - 1) - chunk_base + 1;
+      for (int base = 0; base < round_chunks; base += 32) {
         int const i = base + lane;
-        float highest = i < round_marks ? shared.thresholds[i] : -INFINITY;
+        float highest = i < round_chunks ? shared.thresholds[i] : -INFINITY;
         for (int d = 1; d < 32; d *= 2) {
           float const other = __shfl_up_sync(~0u, highest, d);
           if (lane >= d) highest = fmaxf(highest, other);
         }
         highest = fmaxf(highest, running);
-        if (i < round_marks) {
-          int const chunk = marks.chunk(first + i);
-          if (chunk >= 0) thresholds[chunk] = highest;
-        }
+        if (i < round_chunks) thresholds[chunk_base + i] = highest;
         running = __shfl_sync(~0u, highest, 31);
       }
-      if (lane == 0) shared.running = running;
+      if (lane == 0) shared.running = fmaxf(running, state.threshold);
     }
     if (state.threshold > -INFINITY) guess = state.threshold - state.kth.score;
     __syncthreads();
@@ -353,7 +362,6 @@ __global__ void __launch_bounds__(kCondenseThreads)
   int parity = 0, count = 0, pool = 0;
   float* scores;
   int* positions;
-  auto const all = [](int, float&, int&) { return true; };
   if constexpr (kGroups) {
     int const first = index * plan.group_size;
     int const end = min(first + plan.group_size, plan.num_segments);
@@ -382,7 +390,6 @@ __global__ void __launch_bounds__(kCondenseThreads)
       positions[i] = begin + i;
     }
   }
-  (void)all;
   __syncthreads();
   int size = 0;
   if (count > 0) {
@@ -391,11 +398,12 @@ __global__ void __launch_bounds__(kCondenseThreads)
     range_of(team, scores, count, low, high);
     State const state =
         state_of(team, config, scores, positions, count, pool, State{}, low, high, -0.5f);
+    Filter const filter(config, state);
     size = compaction.append(count, 0, scores, positions, parity,
                              [&](int i, float& score, int& position) {
                                score = scores[i];
                                position = positions[i];
-                               return config.keeps(state, score, position);
+                               return filter.keeps(score, position);
                              });
   }
   if (threadIdx.x == 0) (kGroups ? w.group_count : w.segment_count)[blockIdx.x] = size;
@@ -409,17 +417,14 @@ __global__ void raise_kernel(SelectProblem p, SelectPlan plan) {
   Marks const marks(p.chunk_size, p.window, r.used_chunks);
   Segment const segment(marks, index, plan.num_segments);
   float volatile* const thresholds = static_cast<float*>(p.threshold) + r.chunks;
-  auto const chunks_before = [&](int mark) {  // chunks whose mark comes before `mark`
-    return (marks.first + mark + marks.per_chunk - 1) / marks.per_chunk;
-  };
   float highest = -INFINITY;
   for (int s = threadIdx.x; s < index; s += 32) {
-    int const before = chunks_before(Segment(marks, s, plan.num_segments).end);
-    highest = fmaxf(highest, thresholds[before - 1]);
+    int const last = marks.chunk(Segment(marks, s, plan.num_segments).end - 1);
+    highest = fmaxf(highest, thresholds[last]);
   }
   for (int d = 16; d > 0; d /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, d));
-  int const end = chunks_before(segment.end);
-  for (int c = chunks_before(segment.first); c < end; c += 32) {
+  int const end = marks.chunk(segment.end - 1) + 1;
+  for (int c = marks.chunk(segment.first - 1) + 1; c < end; c += 32) {
     int const mine = c + threadIdx.x;
     bool const low = mine < end && thresholds[mine] < highest;
     if (low) thresholds[mine] = highest;
@@ -427,11 +432,11 @@ __global__ void raise_kernel(SelectProblem p, SelectPlan plan) {
   }
 }
 
-template <int kWarps, bool kSharedList>
+template <int kWarps, bool kSharedList, bool kShort>
 void launch_states_kernel(SelectProblem const& p, SelectPlan const& plan, SelectWorkspace const& w,
                           cudaStream_t stream) {
-  auto* const kernel = states_kernel<kWarps, kSharedList>;
-  std::size_t const bytes = sizeof(StatesShared<kWarps>) +
+  auto* const kernel = states_kernel<kWarps, kSharedList, kShort>;
+  std::size_t const bytes = states_shared_bytes(plan) +
                             (kSharedList ? plan.list_capacity * (sizeof(float) + sizeof(int)) : 0);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(bytes)),
@@ -443,8 +448,11 @@ void launch_states_kernel(SelectProblem const& p, SelectPlan const& plan, Select
 
 }  // namespace
 
-std::size_t states_shared_bytes(int num_warps) {
-  return num_warps == 4 ? sizeof(StatesShared<4>) : sizeof(StatesShared<16>);
+std::size_t states_shared_bytes(SelectPlan const& plan) {
+  std::size_t const critical = plan.num_warps * sizeof(CriticalKeys);
+  if (plan.num_warps == kWideWarps) return sizeof(StatesShared<kWideWarps, true>) + critical;
+  return plan.short_chunks ? sizeof(StatesShared<kNarrowWarps, true>) + critical
+                           : sizeof(StatesShared<kNarrowWarps, false>);
 }
 
 void launch_states(SelectProblem const& p, SelectPlan const& plan, SelectWorkspace const& w,
@@ -458,12 +466,12 @@ void launch_states(SelectProblem const& p, SelectPlan const& plan, SelectWorkspa
             p, plan, w);
     check_launch("select condense kernel");
   }
-  if (plan.num_warps == 4) {
-    plan.shared_list ? launch_states_kernel<4, true>(p, plan, w, stream)
-                     : launch_states_kernel<4, false>(p, plan, w, stream);
+  if (plan.num_warps == kWideWarps) {
+    plan.shared_list ? launch_states_kernel<kWideWarps, true, true>(p, plan, w, stream)
+                     : launch_states_kernel<kWideWarps, false, true>(p, plan, w, stream);
   } else {
-    plan.shared_list ? launch_states_kernel<16, true>(p, plan, w, stream)
-                     : launch_states_kernel<16, false>(p, plan, w, stream);
+    plan.short_chunks ? launch_states_kernel<kNarrowWarps, true, true>(p, plan, w, stream)
+                      : launch_states_kernel<kNarrowWarps, true, false>(p, plan, w, stream);
   }
   if (plan.num_segments > 1) {
     raise_kernel<<<segments, 32, 0, stream>>>(p, plan);
