@@ -14,9 +14,7 @@ fi
 
 build=build/gpu out=.carry/gpu log=build/gpu.log
 options=(-DCMAKE_BUILD_TYPE=Release -DSPARSEK_CUDA=on -DSPARSEK_BUILD_TESTS=ON -DSPARSEK_BUILD_BENCHMARKS=ON
-  "-DSPARSEK_CUDA_ARCHITECTURES=${SPARSEK_CUDA_ARCHITECTURES:-90a}"
-  # The result travels: machine code with its line table compresses to a sixth.
-  -DCMAKE_CUDA_FLAGS=--compress-mode=size)
+  "-DSPARSEK_CUDA_ARCHITECTURES=${SPARSEK_CUDA_ARCHITECTURES:-90a}")
 if command -v ccache >/dev/null; then
   options+=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
 fi
