@@ -13,6 +13,8 @@ of its past with the largest learned scores (SparseK; Lou, Jia, Zheng, Tu, arXiv
 ``select``, ``Selection``      which keys each query sees, to be reused
 ``key_norm_scores``            scores that need no training
 ``sparsek``                    the SPARSEK operator, a differentiable relaxation of top-k
+``SparseKScorer``              the scores, learned from hidden states
+``SparseKAttention``           a whole attention layer, to be trained
 ``capability``                 which kernel a call would run, or why none does
 """
 
@@ -25,6 +27,7 @@ from blackwell_sparsek.functional import (
     select,
     sparsek,
 )
+from blackwell_sparsek.modules import SparseKAttention, SparseKScorer
 from blackwell_sparsek.selection import Selection, SelectionConfiguration
 
 __version__ = _core.version()
@@ -33,6 +36,8 @@ __all__ = [
     "Capability",
     "Selection",
     "SelectionConfiguration",
+    "SparseKAttention",
+    "SparseKScorer",
     "__version__",
     "attention_forward",
     "attention_varlen_forward",
