@@ -1,0 +1,186 @@
+"""The training example, small enough for a test: every attention learns, runs resume, dense models become sparse."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+sys.path.append(str(EXAMPLES))
+
+from lm import data, report, training  # noqa: E402
+from lm.model import ATTENTIONS, LanguageModel, ModelConfig  # noqa: E402
+
+BACKEND = ["--backend", "reference"]  # exact, and the shapes are tiny
+
+
+def load_example():
+    """examples/02_train_lm.py, whose name no import statement can spell."""
+    spec = importlib.util.spec_from_file_location("train_lm", EXAMPLES / "02_train_lm.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+example = load_example()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Threads cost more than they bring at these sizes, above all where others use the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """Something with a structure that 20 steps can learn a little of."""
+    path = tmp_path_factory.mktemp("text") / "numbers.txt"
+    path.write_text("\n".join(f"number {i} is followed by number {i + 1}" for i in range(2000)))
+    return path
+
+
+def train(text: Path, out: Path, *options: str) -> dict:
+    argv = ["--preset", "tiny", "--text", str(text), "--out", str(out), *BACKEND, *options]
+    return example.run(example.parse_arguments(argv))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_loss_falls(text, tmp_path, attention):
+    result = train(text, tmp_path, "--attention", attention)
+    first, *_, last = result["log"]
+    assert first["loss"] == pytest.approx(math.log(256))  # uniform over bytes
+    assert last["loss"] < 0.7 * first["loss"]
+    assert last["step"] == result["steps"] == 20
+    assert len(last["loss_by_position"]) == training.NUM_POSITION_BUCKETS
+    assert (last["gate_support"] is not None) == (attention == "sparsek")
+    assert result["tokens_per_second"] > 0
+    assert result["peak_memory_mib"] > 0
+    assert json.loads((tmp_path / f"{attention}.json").read_text()) == result
+    assert (tmp_path / f"{attention}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scorers_learn(text, tmp_path):
+    saved = tmp_path / "sparsek.pt"
+    train(text, tmp_path, "--save", str(saved))
+    checkpoint = training.read_checkpoint(saved)
+    before = LanguageModel(ModelConfig(**checkpoint["model_config"])).state_dict()
+    names = [name for name in before if ".scorer." in name]
+    assert len(names) == 2
+    for name in names:
+        assert not torch.equal(before[name], checkpoint["model"][name])
+
+
+def test_variants_start_alike():
+    states = {
+        attention: LanguageModel(ModelConfig(attention=attention), seed=5).state_dict()
+        for attention in ATTENTIONS
+    }
+    assert list(states["dense"]) == list(states["window"])
+    for name, value in states["dense"].items():
+        assert torch.equal(states["window"][name], value), name
+        assert torch.equal(states["sparsek"][name], value), name
+
+
+def test_resumed_run_equals_the_uninterrupted_one(text, tmp_path):
+    whole, half = tmp_path / "whole.pt", tmp_path / "half.pt"
+    expected = train(text, tmp_path, "--save", str(whole))
+    stopped = train(text, tmp_path, "--save", str(half), "--stop-at", "10")
+    assert stopped["steps"] == 10
+    resumed = train(text, tmp_path, "--resume", str(half), "--save", str(half))
+    assert resumed["valid_loss"] == expected["valid_loss"]
+    one, other = training.read_checkpoint(whole), training.read_checkpoint(half)
+    assert one["step"] == other["step"] == 20
+    for name, value in one["model"].items():
+        assert torch.equal(other["model"][name], value), name
+
+
+def test_resume_refuses_another_text(text, tmp_path):
+    saved = tmp_path / "saved.pt"
+    train(text, tmp_path, "--save", str(saved), "--stop-at", "1")
+    other = tmp_path / "other.txt"
+    other.write_text("another text " * 500)
+    with pytest.raises(ValueError, match="text: expected the one of the checkpoint"):
+        train(other, tmp_path, "--resume", str(saved))
+
+
+def test_fine_tuning_from_a_dense_model(text, tmp_path):
+    """It starts as the dense model, and anneals down to the target."""
+    saved = tmp_path / "dense.pt"
+    dense = train(text, tmp_path, "--attention", "dense", "--save", str(saved))
+    options = ["--from-dense", str(saved), "--eval-every", "5", "--anneal-steps", "10"]
+    result = train(text, tmp_path, *options)
+    assert result["log"][0]["loss"] == pytest.approx(dense["valid_loss"], abs=1e-4)
+    selected = [entry["num_selected"] for entry in result["log"]]
+    assert selected[0] == 64
+    assert selected == sorted(selected, reverse=True)
+    assert selected[-2:] == [8, 8]
+    assert result["valid_loss"] < dense["valid_loss"]
+    with pytest.raises(ValueError, match="--from-dense: expected a checkpoint with dense"):
+        train(text, tmp_path, *options, "--attention", "window")
+
+
+def test_annealing_schedule():
+    config = training.TrainConfig(seq_len=1024, anneal_steps=100)
+    selected = [config.num_selected_at(step, 64) for step in (0, 25, 50, 75, 100, 1000)]
+    assert selected == [1024, 512, 256, 128, 64, 64]
+    assert training.TrainConfig(seq_len=32).num_selected_at(0, 64) == 64
+    assert config.num_selected_at(100, 0) == 0
+
+
+def test_compared_runs(text, tmp_path):
+    """What --compare writes, from results that lie there already."""
+    results = [train(text, tmp_path, "--attention", name) for name in ATTENTIONS[:2]]
+    report.plot(tmp_path / "compare.png", results)
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
+    lines = report.table_of(results).splitlines()
+    assert [line.split()[0] for line in lines] == ["attention", "dense", "window"]
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+def test_batches(text):
+    corpus = data.load_file(text, max_bytes=10_000)
+    assert corpus.description["train_bytes"] == 9500
+    assert corpus.description["valid_bytes"] == 500
+    batch = corpus.train_batch(step=3, seed=0, batch_size=4, seq_len=100)
+    assert batch.shape == (4, 101)
+    assert torch.equal(batch, corpus.train_batch(3, 0, 4, 100))
+    assert not torch.equal(batch, corpus.train_batch(4, 0, 4, 100))
+    assert bytes(batch[0].tolist()) in text.read_bytes()
+    valid = torch.cat(list(corpus.valid_batches(2, 3, 100)))
+    assert valid.shape == (6, 101)
+    held_out = text.read_bytes()[9500:10_000]
+    assert bytes(valid[0].tolist()) == held_out[:101]
+    assert bytes(valid[-1].tolist()) == held_out[-101:]
+    with pytest.raises(ValueError, match="expected more than seq_len = 500 bytes of validation"):
+        list(corpus.valid_batches(1, 1, 500))
+
+
+def test_python_sources():
+    corpus = data.load_python_sources(max_bytes=2**20)
+    sizes = corpus.description
+    assert sizes["valid_bytes"] > 10_000
+    # Each file is followed by a separator.
+    assert 2**20 <= sizes["train_bytes"] + sizes["valid_bytes"] < 2**20 + 2**12
+    assert corpus.description == data.load_python_sources(max_bytes=2**20).description
+
+
+@pytest.mark.parametrize("preset", example.PRESETS)
+def test_presets(preset):
+    args = example.parse_arguments(["--preset", preset])
+    config = example.configuration_of(ModelConfig, args)
+    assert config.hidden_size % config.num_heads == 0
+    if preset == "h200":
+        assert LanguageModel(config).num_parameters() >= 40_000_000
+        assert args.steps >= 3000
+        assert args.seq_len == 4096
