@@ -1,4 +1,5 @@
-// The CUDA backend as problem.hpp declares it: the right device, the choice of kernel, then the kernel.
+// The CUDA backend as problem.hpp declares it: the right device, the choice of kernel, then the
+// kernel.
 #include <algorithm>
 #include <string>
 
@@ -120,8 +121,9 @@ void attend(Context const& context, AttendProblem const& p) {
   kernel.run(context, p);
 }
 
-// NOTE: the question knows shapes only. Tensors whose rows are not aligned may meet another kernel at run time than the one
-// that serves aligned ones, so the answer is the most that any candidate takes.
+// NOTE: the question knows shapes only. Tensors whose rows are not aligned may meet another kernel
+// at run time than the one that serves aligned ones, so the answer is the most that any candidate
+// takes.
 std::size_t attend_workspace(Context const& context, AttendProblem const& p) {
   require_attend(context, p);
   DeviceGuard const guard(context.device);

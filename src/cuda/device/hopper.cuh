@@ -1,5 +1,5 @@
-// What Hopper adds (sm_90a): mbarriers, bulk tensor copies, proxies' fences, named barriers, and the bookkeeping of asynchronous
-// warpgroup matrix instructions.
+// What Hopper adds (sm_90a): mbarriers, bulk tensor copies, proxies' fences, named barriers, and
+// the bookkeeping of asynchronous warpgroup matrix instructions.
 #pragma once
 #include <cuda.h>
 
@@ -7,7 +7,7 @@
 
 namespace sparsek::cuda::device {
 
-// --- mbarriers -------------------------------------------------------------------------------------------------------
+// --- mbarriers -----------------------------------------------------------------------------------
 __device__ __forceinline__ void mbarrier_init(std::uint32_t barrier, std::uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
 }
@@ -33,7 +33,7 @@ __device__ __forceinline__ void mbarrier_wait(std::uint32_t barrier, std::uint32
       : "memory");
 }
 
-// --- bulk tensor copies of a 4-D tensor {column, position, head, batch} ------------------------------------------------
+// --- bulk tensor copies of a 4-D tensor {column, position, head, batch} --------------------------
 // What lies outside the tensor is read as zero and not written.
 __device__ __forceinline__ void tma_load(std::uint32_t destination, CUtensorMap const* map,
                                          std::uint32_t barrier, int column, int position, int head,
@@ -64,8 +64,9 @@ __device__ __forceinline__ void tma_store_wait() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-// --- ordering ----------------------------------------------------------------------------------------------------------
-// Ordinary shared-memory writes before it become visible to the matrix units and the copy engine after it.
+// --- ordering ------------------------------------------------------------------------------------
+// Ordinary shared-memory writes before it become visible to the matrix units and the copy engine
+// after it.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -84,7 +85,7 @@ __device__ __forceinline__ void increase_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// --- asynchronous matrix instructions -----------------------------------------------------------------------------------
+// --- asynchronous matrix instructions ------------------------------------------------------------
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -95,7 +96,8 @@ template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// Ties registers to this point of the program: the compiler does not know that wgmma reads and writes them later.
+// Ties registers to this point of the program: the compiler does not know that wgmma reads and
+// writes them later.
 template <int N>
 __device__ __forceinline__ void pin(float (&r)[N]) {
 #pragma unroll
@@ -116,8 +118,9 @@ __device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t address
          static_cast<std::uint64_t>(stride >> 4) << 32 | 1ull << 62;
 }
 
-// --- shared-memory loads that stay where they are written ------------------------------------------------------------------
-// NOTE: volatile, so that the compiler does not gather the loads of a whole unrolled loop in front of it, for which it has no registers.
+// --- shared-memory loads that stay where they are written ----------------------------------------
+// NOTE: volatile, so that the compiler does not gather the loads of a whole unrolled loop in front
+// of it, for which it has no registers.
 __device__ __forceinline__ float4 load_shared_float4(std::uint32_t address) {
   float4 x;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -131,7 +134,7 @@ __device__ __forceinline__ uint2 load_shared_uint2(std::uint32_t address) {
   return x;
 }
 
-// --- warp matrix moves --------------------------------------------------------------------------------------------------
+// --- warp matrix moves ---------------------------------------------------------------------------
 __device__ __forceinline__ void stmatrix_x4(std::uint32_t address, std::uint32_t a, std::uint32_t b,
                                             std::uint32_t c, std::uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),

@@ -1,7 +1,9 @@
-// Warpgroup matrix instructions: D[64 x N] (+)= A[64 x 16] B[16 x N], A in registers, B in shared memory, float32 accumulators.
+// Warpgroup matrix instructions: D[64 x N] (+)= A[64 x 16] B[16 x N], A in registers, B in shared
+// memory, float32 accumulators.
 //
-// CuTe has the same atoms, but only in the form that reads D. The forms here that merely write D tell the compiler that its old value
-// is dead; without them it keeps the score accumulators alive from step to step and serialises the products for lack of registers.
+// CuTe has the same atoms, but only in the form that reads D. The forms here that merely write D
+// tell the compiler that its old value is dead; without them it keeps the score accumulators alive
+// from step to step and serialises the products for lack of registers.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -10,7 +12,8 @@
 
 namespace sparsek::cuda::device {
 
-// How B lies in shared memory: rows of B^T contiguous (K for scores), or rows of B contiguous (V for outputs).
+// How B lies in shared memory: rows of B^T contiguous (K for scores), or rows of B contiguous (V
+// for outputs).
 enum class BLayout { kKMajor = 0, kNMajor = 1 };
 
 // N = 2 * kRegisters columns; kRegisters accumulators a thread.

@@ -1,4 +1,5 @@
-// The resident kernel's host side: what it serves, tensor maps, and the two small kernels around it.
+// The resident kernel's host side: what it serves, tensor maps, and the two small kernels around
+// it.
 #include <cudaTypedefs.h>
 
 #include <algorithm>
@@ -24,8 +25,9 @@ Mode mode_of(AttendProblem const& p) {
   return aligned && p.gate != Gate::kValue ? Mode::kAligned : Mode::kGeneral;
 }
 
-// How many keys older than the window tile can still be in the window of a tile's first query. That query lies at most this far behind
-// the start of its chunk: 0 where chunks start with tiles, a whole number of tiles where tiles start with chunks, else anything.
+// How many keys older than the window tile can still be in the window of a tile's first query. That
+// query lies at most this far behind the start of its chunk: 0 where chunks start with tiles, a
+// whole number of tiles where tiles start with chunks, else anything.
 std::int64_t window_keys_in_slots(AttendProblem const& p) {
   if (is_foreign(p)) return 0;  // max_keys_per_tile counts them
   std::int64_t const behind = divides_tile(p)          ? 0
@@ -208,21 +210,29 @@ __global__ void __launch_bounds__(kScheduleThreads)
   if (tid == kScheduleThreads - 1) prefix[p.batch] = sums[tid];
 }
 
-// Rows of queries that do not exist (positions >= lengths[b]): output 0, lse -inf. A warp per row.
-__global__ void __launch_bounds__(256) fill_missing_rows(__grid_constant__ Params const p) {
-  int const b = blockIdx.z, head = blockIdx.y, lane = threadIdx.x & 31;
-  int const valid = min(max(p.lengths[b], 0), p.seq_len_k);
-  int const first = max(0, valid - (p.seq_len_k - p.seq_len_q));
-  for (int row = first + blockIdx.x * 8 + (threadIdx.x >> 5); row < p.seq_len_q;
-       row += gridDim.x * 8) {
-    char* const out = p.out_rows + b * p.stride_out_batch + head * p.stride_out_head +
-                      row * p.stride_out_position;
-    for (int chunk = lane; chunk < p.head_dim / 8; chunk += 32) {
-      reinterpret_cast<int4*>(out)[chunk] = make_int4(0, 0, 0, 0);
-    }
-    if (p.lse && lane == 0) {
-      p.lse[b * p.stride_lse_batch + head * p.stride_lse_head + row * p.stride_lse_position] =
-          -INFINITY;
+// Rows of queries that do not exist (positions >= lengths[b]): output 0, lse -inf. A warp per row;
+// blocks along y share the heads.
+constexpr int kFillWarps = 8;
+__global__ void __launch_bounds__(32 * kFillWarps)
+    fill_missing_rows(__grid_constant__ Params const p) {
+  int const lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  int const heads = p.num_kv_heads * p.group;
+  for (std::int64_t item = blockIdx.y; item < static_cast<std::int64_t>(p.batch) * heads;
+       item += gridDim.y) {
+    int const b = static_cast<int>(item / heads), head = static_cast<int>(item % heads);
+    int const valid = min(max(p.lengths[b], 0), p.seq_len_k);
+    int const first = max(0, valid - (p.seq_len_k - p.seq_len_q));
+    for (int row = first + blockIdx.x * kFillWarps + warp; row < p.seq_len_q;
+         row += gridDim.x * kFillWarps) {
+      char* const out = p.out_rows + b * p.stride_out_batch + head * p.stride_out_head +
+                        row * p.stride_out_position;
+      for (int chunk = lane; chunk < p.head_dim / 8; chunk += 32) {
+        reinterpret_cast<int4*>(out)[chunk] = make_int4(0, 0, 0, 0);
+      }
+      if (p.lse && lane == 0) {
+        p.lse[b * p.stride_lse_batch + head * p.stride_lse_head + row * p.stride_lse_position] =
+            -INFINITY;
+      }
     }
   }
 }
@@ -303,11 +313,12 @@ void attend(Context const& context, AttendProblem const& problem) {
     check_launch("schedule");
   }
   if (problem.lengths) {
-    auto const rows =
-        static_cast<unsigned>(std::min<std::int64_t>(64, (problem.seq_len_q + 7) / 8));
-    dim3 const grid(rows, static_cast<unsigned>(problem.num_q_heads),
-                    static_cast<unsigned>(problem.batch));
-    fill_missing_rows<<<grid, 256, 0, stream>>>(p);
+    auto const blocks = [](std::int64_t wanted, std::int64_t most) {
+      return static_cast<unsigned>(std::min(wanted, most));
+    };
+    dim3 const grid(blocks((problem.seq_len_q + kFillWarps - 1) / kFillWarps, 64),
+                    blocks(problem.batch * problem.num_q_heads, 65535));
+    fill_missing_rows<<<grid, 32 * kFillWarps, 0, stream>>>(p);
     check_launch("fill_missing_rows");
   }
   int const num_sms = properties_of(context.device).num_sms;

@@ -1,4 +1,5 @@
-// Hopper attention with the selected keys resident in shared memory. Plain C++; see docs/kernels/attend_sm90.md.
+// Hopper attention with the selected keys resident in shared memory. Plain C++; see
+// docs/kernels/attend_sm90.md.
 #pragma once
 #include <cstddef>
 #include <string>
@@ -7,8 +8,8 @@
 
 namespace sparsek::cuda::sm90 {
 
-// Whether this kernel serves the problem (on a device of compute capability 9.0, which the caller checks); if not, `reason` says
-// what stands in the way.
+// Whether this kernel serves the problem (on a device of compute capability 9.0, which the caller
+// checks); if not, `reason` says what stands in the way.
 bool attend_supported(AttendProblem const& problem, std::string* reason);
 
 // Bytes that attend takes from the context's allocator.

@@ -1,10 +1,13 @@
 // The resident kernel's constants, shared-memory layout and parameters.
 //
-// Queries are cut into tiles of 128 positions, aligned to position 0. For tile t the keys that any of its queries sees lie in
+// Queries are cut into tiles of 128 positions, aligned to position 0. For tile t the keys that any
+// of its queries sees lie in
 //   - the diagonal tile (keys of tile t),
 //   - the window tile (keys of tile t - 1), which was the diagonal tile before,
-//   - the slots: every key before tile t - 1 that is alive at the tile's first query (expiry > 128 t).
-// A key enters the slots from the window tile and leaves when it expires, so each row of K and V is fetched about once.
+//   - the slots: every key before tile t - 1 that is alive at the tile's first query
+//     (expiry > 128 t).
+// A key enters the slots from the window tile and leaves when it expires, so each row of K and V is
+// fetched about once.
 #pragma once
 #include <cuda.h>
 
@@ -19,8 +22,9 @@ inline constexpr int kThreads =
     384;  // a producer warpgroup and two consumer warpgroups of 64 query rows each
 
 // How the gates reach the weights.
-//   kAligned  chunk_size is a multiple of the tile and the window covers the window tile: a key's gate is one number per tile and enters as
-//             the initial value of the score accumulators (log2 m / scale)
+//   kAligned  chunk_size is a multiple of the tile and the window covers the window tile: a key's
+//             gate is one number per tile and enters as the initial value of the score
+//             accumulators (log2 m / scale)
 //   kGeneral  visibility and gate are worked out for every (row, key)
 enum class Mode { kAligned, kGeneral };
 
@@ -46,7 +50,8 @@ enum PlanFlag : int {
   kMore = 64,          // another tile follows
 };
 
-// Bytes from a base aligned to 1024. kDim: 64 or 128 columns of 16 bits (a head_dim of 96 lies in 128, the rest zero).
+// Bytes from a base aligned to 1024. kDim: 64 or 128 columns of 16 bits (a head_dim of 96 lies in
+// 128, the rest zero).
 template <int kDim, Mode kMode>
 struct Layout {
   static constexpr int kBlockBytes =
@@ -64,8 +69,9 @@ struct Layout {
   static constexpr int kQ =
       kWindowV + kBlockBytes;  // one part per consumer warpgroup; also stages the output
   static constexpr int kQBytes = 64 * kDim * 2;  // of one warpgroup
-  // Aligned: log2 of the slots' gates, two buffers. General: the slots' scores and how long each is seen, in rows of this tile, and the same
-  // for the window slot (in rows of the tile that it was the diagonal of).
+  // Aligned: log2 of the slots' gates, two buffers. General: the slots' scores and how long each is
+  // seen, in rows of this tile, and the same for the window slot (in rows of the tile that it was
+  // the diagonal of).
   static constexpr int kGate = kQ + 2 * kQBytes;
   static constexpr int kGateBytes = kSlots * 4;
   static constexpr int kSlotScore = kGate;
@@ -82,7 +88,8 @@ struct Layout {
   static_assert(kBytes <= 232448, "shared memory of a block on Hopper");
   static_assert(kQ % 1024 == 0 && kPlans % 8 == 0 && kBarriers % 8 == 0);
 
-  // 65 536 registers for 384 threads, in steps of 8: 168 at launch. Consumers hold output, scores, weights and queries.
+  // 65 536 registers for 384 threads, in steps of 8: 168 at launch. Consumers hold output, scores,
+  // weights and queries.
   static constexpr int kConsumerRegisters = kDim == 128 ? 224 : 216;
   static constexpr int kProducerRegisters = kDim == 128 ? 56 : 72;
   static_assert(2 * kConsumerRegisters + kProducerRegisters <= 3 * 168);
@@ -107,7 +114,8 @@ static_assert(kNumBarriers <= 16);
 
 struct Params {
   CUtensorMap q, k, v, out;  // {column, position, head, batch}
-  // Rows of K and V that enter the slots are fetched one by one; rows of a partly valid tile are stored one by one.
+  // Rows of K and V that enter the slots are fetched one by one; rows of a partly valid tile are
+  // stored one by one.
   char const *k_rows, *v_rows;
   char* out_rows;
   std::int64_t stride_k_batch, stride_k_head, stride_k_position;  // bytes

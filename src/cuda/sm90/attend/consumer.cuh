@@ -1,8 +1,9 @@
 // A consumer warpgroup: 64 query rows of a tile, one 128-key block after another.
 //
-// Every step issues the scores of one block together with the output product of the block before, across tiles and heads: first block,
-// slots, last block, next tile's first block ... So the matrix units have work while the weights of a block are computed, and the two
-// warpgroups take turns in issuing (named barriers 1 and 2).
+// Every step issues the scores of one block together with the output product of the block before,
+// across tiles and heads: first block, slots, last block, next tile's first block ... So the matrix
+// units have work while the weights of a block are computed, and the two warpgroups take turns in
+// issuing (named barriers 1 and 2).
 #pragma once
 #include <type_traits>
 
@@ -24,10 +25,12 @@ class Consumer {
   using Scores128 = float[64];
   using Scores64 = float[32];
 
-  // Aligned: a tile's first block sets the reference exponent kHeadroom above its row maximum. Later blocks are weighed without looking for
-  // a maximum: fp16 has room for weights 2^(kHeadroom + 14) times the first block's largest, and the sums show whether that sufficed. If
-  // not, the scores are still there: find the maximum, rescale, weigh again. Each warp decides for itself.
-  // General: the gates need the registers in which the scores would wait for that, so every block's maximum is found first.
+  // Aligned: a tile's first block sets the reference exponent kHeadroom above its row maximum.
+  // Later blocks are weighed without looking for a maximum: fp16 has room for weights 2^(kHeadroom
+  // + 14) times the first block's largest, and the sums show whether that sufficed. If not, the
+  // scores are still there: find the maximum, rescale, weigh again. Each warp decides for itself.
+  // General: the gates need the registers in which the scores would wait for that, so every block's
+  // maximum is found first.
   static constexpr float kHeadroom = 8.f, kSumLimit = 16384.f;
   // Stands for the maximum of a row that has seen no key yet.
   static constexpr float kNoReference = -1e30f;
@@ -56,7 +59,7 @@ class Consumer {
   }
 
  private:
-  // --- small things ---------------------------------------------------------------------------------------------------
+  // --- small things ------------------------------------------------------------------------------
   __device__ __forceinline__ int tid() const { return threadIdx.x & 127; }
   __device__ __forceinline__ int lane() const { return threadIdx.x & 31; }
   __device__ __forceinline__ int warp() const { return (threadIdx.x & 127) >> 5; }
@@ -85,8 +88,9 @@ class Consumer {
            (kk >> 2) * (64 * 128);
   }
 
-  // --- queries ----------------------------------------------------------------------------------------------------------
-  // Waits for the next tile's queries and plan. Registers `Q` hold the queries, so that their buffer can stage the output.
+  // --- queries -----------------------------------------------------------------------------------
+  // Waits for the next tile's queries and plan. Registers `Q` hold the queries, so that their
+  // buffer can stage the output.
   __device__ __forceinline__ void load_queries() {
     wait(kFullQ + wg_, tiles_);
     std::uint32_t r[4];
@@ -98,13 +102,15 @@ class Consumer {
   }
   __device__ __forceinline__ void load_plan() {
     TilePlan const& next = plan(tiles_);
-    // NOTE: broadcast, so that the compiler knows that the branches on them are uniform; else it serialises the products.
+    // NOTE: broadcast, so that the compiler knows that the branches on them are uniform; else it
+    // serialises the products.
     flags_ = __shfl_sync(~0u, next.flags, 0);
     tile_ = __shfl_sync(~0u, next.tile, 0);
     blocks_ = __shfl_sync(~0u, next.num_blocks, 0);
     ++tiles_;
     if (kGeneral) {
-      // Thresholds of this thread's two rows, and where their pools end relative to the window tile.
+      // Thresholds of this thread's two rows, and where their pools end relative to the window
+      // tile.
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         int const position = tile_ * kTile + row() + 8 * r;
@@ -117,7 +123,7 @@ class Consumer {
     }
   }
 
-  // --- products -----------------------------------------------------------------------------------------------------------
+  // --- products ----------------------------------------------------------------------------------
   __device__ __forceinline__ std::uint64_t key_descriptor(int base, int kk) const {
     return desc_k_ + (base >> 4) + (kk & 3) * 2 + (kk >> 2) * (L::kHalfBytes >> 4);
   }
@@ -156,7 +162,7 @@ class Consumer {
   }
   __device__ __forceinline__ void end_products() { device::named_barrier_arrive(2 - wg_, 256); }
 
-  // --- softmax ------------------------------------------------------------------------------------------------------------
+  // --- softmax -----------------------------------------------------------------------------------
   __device__ __forceinline__ static float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
@@ -258,7 +264,7 @@ class Consumer {
     l0_ += s0_ + r0_, l1_ += s1_ + r1_;
   }
 
-  // --- masks ----------------------------------------------------------------------------------------------------------------
+  // --- masks -------------------------------------------------------------------------------------
   // Causal mask of the diagonal tile's keys kBegin ...
   template <int kBegin, int N>
   __device__ __forceinline__ void mask_future(float (&S)[N]) const {
@@ -271,7 +277,8 @@ class Consumer {
       if (8 * j + 1 > last + 8) S[4 * j + 3] = -INFINITY;
     }
   }
-  // General mode: a key is seen by rows before its expiry; `rows_before`: rows from the tile that the expiries count from to this one.
+  // General mode: a key is seen by rows before its expiry; `rows_before`: rows from the tile that
+  // the expiries count from to this one.
   template <int N>
   __device__ __forceinline__ void mask_expired(float (&S)[N], int expiry_base,
                                                int rows_before) const {
@@ -308,7 +315,7 @@ class Consumer {
     }
   }
 
-  // --- steps ----------------------------------------------------------------------------------------------------------------
+  // --- steps -------------------------------------------------------------------------------------
   // The window slot's next use: remembers the parity of its fill for V, waits for K.
   __device__ __forceinline__ void use_window(bool fresh) {
     if (fresh) ++window_fills_;
@@ -359,8 +366,9 @@ class Consumer {
     multiply_keys(S, L::kWindowK, std::false_type{});
     device::wgmma_wait<0>();
     device::pin(S), device::pin(Q_);
-    // NOTE: the queries' buffer is given back only now: the product has taken the registers, so every load from it has arrived. A barrier alone does not
-    // order ldmatrix before a bulk copy into the same place.
+    // NOTE: the queries' buffer is given back only now: the product has taken the registers, so
+    // every load from it has arrived. A barrier alone does not order ldmatrix before a bulk copy
+    // into the same place.
     if (flags_ & kMore) {
       device::named_barrier_sync(3 + wg_, 128);
       if (tid() == 0) device::mbarrier_arrive(barrier(kEmptyQ + wg_));
@@ -372,7 +380,8 @@ class Consumer {
     weigh_first(S, [](int) {});
     keys_in_last_ = 128;
   }
-  // K of the window slot is free again once the first block's scores are there, unless the next tile uses it too.
+  // K of the window slot is free again once the first block's scores are there, unless the next
+  // tile uses it too.
   __device__ __forceinline__ void after_first_scores() {
     if (!(flags_ & kSingle) || (flags_ & kReleaseLast)) release(kEmptyWindowK);
   }
@@ -472,7 +481,8 @@ class Consumer {
     keys_in_last_ = kKeys;
   }
 
-  // First block of the next tile together with the output of the last block of this one, which finishes it.
+  // First block of the next tile together with the output of the last block of this one, which
+  // finishes it.
   __device__ __forceinline__ void next_tile() {
     TilePlan const& old = plan(tiles_ - 2);
     int const old_flags = __shfl_sync(~0u, old.flags, 0);
@@ -513,7 +523,7 @@ class Consumer {
     if (flags_ & kSingle) give_back_queries();
   }
 
-  // --- output ---------------------------------------------------------------------------------------------------------------
+  // --- output ------------------------------------------------------------------------------------
   // Takes over the sums of the finished tile.
   __device__ __forceinline__ void finish() {
     l0_ += __shfl_xor_sync(~0u, l0_, 1), l1_ += __shfl_xor_sync(~0u, l1_, 1);

@@ -1,4 +1,5 @@
-// The instantiations of the resident kernel, one translation unit each (generated, see CMakeLists.txt).
+// The instantiations of the resident kernel, one translation unit each (generated, see
+// CMakeLists.txt).
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -1,4 +1,5 @@
-// The producer warpgroup: bulk copies of Q and of the window slot, and the slots: who leaves, who enters, gates, copies.
+// The producer warpgroup: bulk copies of Q and of the window slot, and the slots: who leaves, who
+// enters, gates, copies.
 #pragma once
 #include "cuda/device/cp_async.cuh"
 #include "cuda/device/hopper.cuh"
@@ -78,14 +79,15 @@ class Producer {
     return p_.cu_seqlens_k ? 0 : c.sequence;
   }
 
-  // Whether what follows the cursor's tile needs something else in the window slot than this tile's last block.
+  // Whether what follows the cursor's tile needs something else in the window slot than this tile's
+  // last block.
   __device__ __forceinline__ bool releases_last(Cursor const& c) const {
     bool const more = c.has_next(p_);
     bool const last_is_diagonal = c.t == 0 || (c.g & 1) == 0;
     return !(more && (c.g + 1 < p_.group || (c.t + 1 < c.tiles.end && last_is_diagonal)));
   }
 
-  // --- Q and the plan -----------------------------------------------------------------------------------------------
+  // --- Q and the plan ----------------------------------------------------------------------------
   __device__ __forceinline__ void fill_q(Cursor const& c, bool first_is_fresh) {
     if (tid_ == 0) {
       bool const more = c.has_next(p_);
@@ -126,10 +128,11 @@ class Producer {
     __syncwarp();
   }
 
-  // --- the window slot ----------------------------------------------------------------------------------------------
+  // --- the window slot ---------------------------------------------------------------------------
   __device__ __forceinline__ void fill_window(Cursor const& c, int tile) {
-    // Beyond the sequence lie other sequences' keys, or memory that must not be used: such rows of V are zeroed (their weight is 0, and
-    // 0 * NaN is not). Beyond the tensor the copy engine does that itself. Rows of K need no care: their scores are masked.
+    // Beyond the sequence lie other sequences' keys, or memory that must not be used: such rows of
+    // V are zeroed (their weight is 0, and 0 * NaN is not). Beyond the tensor the copy engine does
+    // that itself. Rows of K need no care: their scores are masked.
     bool const partial = (p_.lengths || p_.cu_seqlens_k) && (tile + 1) * kTile > c.tiles.valid;
     int const position = c.tiles.first_k + tile * kTile;
     if (tid_ == 0) {
@@ -192,21 +195,25 @@ class Producer {
     device::mbarrier_wait(barrier(empty), (fills - 1) & 1);
   }
 
-  // Shared address of 16 bytes of a row of a block at `base`: halves of 64 columns, 128-byte swizzle.
+  // Shared address of 16 bytes of a row of a block at `base`: halves of 64 columns, 128-byte
+  // swizzle.
   __device__ __forceinline__ std::uint32_t chunk_address(int base, int row, int chunk) const {
     return smem_ + base + (chunk >> 3) * L::kHalfBytes + row * 128 +
            (((chunk & 7) ^ (row & 7)) << 4);
   }
 
-  // A consumer thread reads what belongs to its columns 2 q, 2 q + 1, 2 q + 8, 2 q + 9 of 16 at once.
+  // A consumer thread reads what belongs to its columns 2 q, 2 q + 1, 2 q + 8, 2 q + 9 of 16 at
+  // once.
   __device__ __forceinline__ static int gate_place(int slot) {
     return (slot & ~15) | (slot & 6) << 1 | (slot & 8) >> 2 | (slot & 1);
   }
 
-  // --- the slots -----------------------------------------------------------------------------------------------------
-  // Every thread owns one slot of each block: its key, until when it is seen, its score, and whether the row is still to be copied.
+  // --- the slots ---------------------------------------------------------------------------------
+  // Every thread owns one slot of each block: its key, until when it is seen, its score, and
+  // whether the row is still to be copied.
 
-  // A new head, perhaps in its middle: finds the keys before the window tile that are alive at the cursor's tile.
+  // A new head, perhaps in its middle: finds the keys before the window tile that are alive at the
+  // cursor's tile.
   __device__ __forceinline__ void start_slots(Cursor const& c) {
     if (p_.num_blocks == 0) return;
     int const t = c.t;
@@ -267,7 +274,8 @@ class Producer {
     return p_.threshold[chunk_row(c) + tile * kTile / p_.chunk_size];
   }
 
-  // Loads ahead what admission to `tile` needs: keys of the tile that was the window of the tile before.
+  // Loads ahead what admission to `tile` needs: keys of the tile that was the window of the tile
+  // before.
   __device__ __forceinline__ void prefetch(Cursor const& c, int tile) {
     if (tile < 2 || tile >= c.tiles.end) return;
     next_expiry_ = p_.expiry[expiry_row(c) + (tile - 2) * kTile + tid_];
@@ -328,7 +336,8 @@ class Producer {
     for (int i = 0; i < kBlocks; ++i) fresh_[i] = false;
   }
 
-  // Aligned: log2 of the gates in units of the score accumulators, -inf for slots without a live key.
+  // Aligned: log2 of the gates in units of the score accumulators, -inf for slots without a live
+  // key.
   __device__ __forceinline__ void write_gates(Cursor const& c) {
     int const now = c.t * kTile;
     int const pool_end = now / p_.chunk_size * p_.chunk_size - p_.window;
@@ -359,8 +368,8 @@ class Producer {
     device::mbarrier_arrive(barrier(kFullGate));
   }
 
-  // Copies the fresh rows of this warp's slots. Where a head starts, slots without a key are zeroed: what the head before left there must not
-  // meet this one's weights of 0.
+  // Copies the fresh rows of this warp's slots. Where a head starts, slots without a key are
+  // zeroed: what the head before left there must not meet this one's weights of 0.
   __device__ __forceinline__ void copy_rows(Cursor const& c, int base, char const* rows,
                                             std::int64_t stride_batch, std::int64_t stride_head,
                                             std::int64_t stride_position) {

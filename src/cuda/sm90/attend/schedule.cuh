@@ -1,7 +1,8 @@
 // Which tiles a block works on: static contiguous ranges of equal cost.
 //
-// The order is: sequences, KV heads, tiles, query heads of the group. A tile's cost is the number of its 128-key blocks. Every block takes the
-// tiles whose first unit of cost lies in its share of the total; it may start in the middle of a head.
+// The order is: sequences, KV heads, tiles, query heads of the group. A tile's cost is the number
+// of its 128-key blocks. Every block takes the tiles whose first unit of cost lies in its share of
+// the total; it may start in the middle of a head.
 #pragma once
 #include "cuda/sm90/attend/config.hpp"
 
@@ -22,7 +23,8 @@ __device__ __forceinline__ std::int64_t cost_before(int t, int num_blocks) {
   return 1 + rising * (rising + 3) / 2 + (t - 1 - rising) * (2 + num_blocks);
 }
 
-// Where a sequence lies and which of its tiles have queries. Bad values are clamped: results are then unspecified, accesses are not.
+// Where a sequence lies and which of its tiles have queries. Bad values are clamped: results are
+// then unspecified, accesses are not.
 struct SequenceTiles {
   int first_q, first_k;  // in a packed tensor
   int q_offset;          // position of its first query
@@ -57,7 +59,8 @@ __device__ __forceinline__ SequenceTiles sequence_tiles(Params const& p, int b) 
 struct Cursor {
   int sequence, kv_head, t, g;  // the current tile of query head kv_head * group + g
   SequenceTiles tiles;
-  int left;  // cost from the current tile to the end of the range; the tile is in it where this is positive
+  // Cost from the current tile to the end of the range; the tile is in it where this is positive.
+  int left;
 
   __device__ __forceinline__ bool done() const { return left <= 0; }
 
