@@ -191,4 +191,11 @@ inline bool is_finite_row(float const* row, std::int64_t n) {
   return carries >> 31 == 0;
 }
 
+inline void check_heads(std::int64_t num_q_heads, std::int64_t num_kv_heads) {
+  if (num_kv_heads == 0 ? num_q_heads != 0 : num_q_heads % num_kv_heads != 0) {
+    fail("q", "a number of heads divisible by Hkv = " + std::to_string(num_kv_heads),
+         std::to_string(num_q_heads));
+  }
+}
+
 }  // namespace sparsek

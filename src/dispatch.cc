@@ -159,6 +159,57 @@ void attend_backward(Context const& context, ConstTensorView<4> const& q,
   reference::attend_backward(p);
 }
 
+// --- decode
+// ----------------------------------------------------------------------------------------------------------
+
+namespace {
+
+void run_decode(Context const& context, DecodeProblem const& p) {
+  auto const unsupported = [](char const* where) {
+    return [where] {
+      throw Unsupported(std::string("decode: no kernel for ") + where +
+                        " here; supported: the CPU backend");
+    };
+  };
+  dispatch(
+      context, unsupported("the reference backend"), [&] { cpu::decode(context, p); },
+      unsupported("CUDA"));
+}
+
+}  // namespace
+
+void decode(Context const& context, ConstTensorView<4> const& q, ConstTensorView<4> const& k,
+            ConstTensorView<4> const& v, ConstTensorView<3> const& scores,
+            std::optional<ConstTensorView<1>> const& lengths, DecodeOptions const& options,
+            DecodeStateView const& state, TensorView<4> const& out,
+            std::optional<TensorView<3>> const& lse) {
+  run_decode(context, make_decode_problem(context, q, k, v, scores, lengths, options, state, out,
+                                          lse));
+}
+
+void decode_append(Context const& context, ConstTensorView<4> const& k, ConstTensorView<4> const& v,
+                   ConstTensorView<3> const& scores,
+                   std::optional<ConstTensorView<1>> const& lengths, SelectOptions const& options,
+                   DecodeStateView const& state) {
+  run_decode(context, make_append_problem(context, k, v, scores, lengths, options, state));
+}
+
+void decode_varlen(Context const& context, ConstTensorView<3> const& q, ConstTensorView<3> const& k,
+                   ConstTensorView<3> const& v, ConstTensorView<2> const& scores,
+                   ConstTensorView<1> const& cu_seqlens, DecodeOptions const& options,
+                   DecodeStateView const& state, TensorView<3> const& out,
+                   std::optional<TensorView<2>> const& lse) {
+  run_decode(context, make_decode_problem(context, q, k, v, scores, cu_seqlens, options, state, out,
+                                          lse));
+}
+
+void decode_append_varlen(Context const& context, ConstTensorView<3> const& k,
+                          ConstTensorView<3> const& v, ConstTensorView<2> const& scores,
+                          ConstTensorView<1> const& cu_seqlens, SelectOptions const& options,
+                          DecodeStateView const& state) {
+  run_decode(context, make_append_problem(context, k, v, scores, cu_seqlens, options, state));
+}
+
 // --- workspace
 // -------------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@
 
 #include "sparsek/attend.hpp"
 #include "sparsek/context.hpp"
+#include "sparsek/decode.hpp"
 #include "sparsek/select.hpp"
 #include "sparsek/tensor.hpp"
 
@@ -91,6 +92,32 @@ struct AttendBackwardProblem {
   std::int64_t stride_dscores_batch, stride_dscores_head, stride_dscores_position;
 };
 
+struct DecodeProblem {
+  std::int64_t batch, num_q_heads, num_kv_heads, group;
+  std::int64_t seq_len;  // dense: S; packed: total
+  std::int64_t head_dim;
+  DataType dtype;
+  Gate gate;
+  double sm_scale;
+  DecodeStateLayout layout;  // holds k, w, C and M
+  void* state;
+  std::int64_t num_blocks, stride_block;  // bytes
+  std::int32_t const* block_index;        // [batch]
+  std::int32_t const* continues;          // [batch] or null: all do
+  void const *q, *k, *v;                  // q null: only append
+  std::int64_t stride_q_batch, stride_q_head, stride_q_position;
+  std::int64_t stride_k_batch, stride_k_head, stride_k_position;
+  std::int64_t stride_v_batch, stride_v_head, stride_v_position;
+  float const* scores;
+  std::int64_t stride_scores_batch, stride_scores_head, stride_scores_position;
+  std::int32_t const* lengths;     // [batch] or null
+  std::int32_t const* cu_seqlens;  // [batch + 1] or null
+  void* out;
+  std::int64_t stride_out_batch, stride_out_head, stride_out_position;
+  float* lse;  // null: not wanted
+  std::int64_t stride_lse_batch, stride_lse_head, stride_lse_position;
+};
+
 // The backends. `select_workspace` and `attend_workspace` give bytes.
 namespace reference {
 void key_norm_scores(ScoreProblem const&);
@@ -103,6 +130,7 @@ namespace cpu {
 void key_norm_scores(Context const&, ScoreProblem const&);
 void select(Context const&, SelectProblem const&);
 void attend(Context const&, AttendProblem const&);
+void decode(Context const&, DecodeProblem const&);
 }  // namespace cpu
 
 namespace cuda {

@@ -161,13 +161,6 @@ void fill_attend_selection(AttendProblem& p, AttendOptions const& options,
   if (!std::isfinite(p.sm_scale)) fail("sm_scale", "a finite number", std::to_string(p.sm_scale));
 }
 
-void check_heads(std::int64_t num_q_heads, std::int64_t num_kv_heads) {
-  if (num_kv_heads == 0 ? num_q_heads != 0 : num_q_heads % num_kv_heads != 0) {
-    fail("q", "a number of heads divisible by Hkv = " + std::to_string(num_kv_heads),
-         std::to_string(num_q_heads));
-  }
-}
-
 }  // namespace
 
 std::int64_t resolved_num_candidates(SelectOptions const& options) {

@@ -7,6 +7,7 @@
 #include "sparsek/attend.hpp"
 #include "sparsek/attend_backward.hpp"
 #include "sparsek/context.hpp"
+#include "sparsek/decode.hpp"
 #include "sparsek/select.hpp"
 
 namespace sparsek {
@@ -50,6 +51,29 @@ AttendBackwardProblem make_attend_backward_problem(
     AttendOptions const&, ConstTensorView<4> const& out, ConstTensorView<3> const& lse,
     ConstTensorView<4> const& dout, TensorView<4> const& dq, TensorView<4> const& dk,
     TensorView<4> const& dv, std::optional<TensorView<3>> const& dscores);
+
+DecodeProblem make_decode_problem(Context const&, ConstTensorView<4> const& q,
+                                  ConstTensorView<4> const& k, ConstTensorView<4> const& v,
+                                  ConstTensorView<3> const& scores,
+                                  std::optional<ConstTensorView<1>> const& lengths,
+                                  DecodeOptions const&, DecodeStateView const&,
+                                  TensorView<4> const& out,
+                                  std::optional<TensorView<3>> const& lse);
+DecodeProblem make_decode_problem(Context const&, ConstTensorView<3> const& q,
+                                  ConstTensorView<3> const& k, ConstTensorView<3> const& v,
+                                  ConstTensorView<2> const& scores,
+                                  ConstTensorView<1> const& cu_seqlens, DecodeOptions const&,
+                                  DecodeStateView const&, TensorView<3> const& out,
+                                  std::optional<TensorView<2>> const& lse);
+// Without queries.
+DecodeProblem make_append_problem(Context const&, ConstTensorView<4> const& k,
+                                  ConstTensorView<4> const& v, ConstTensorView<3> const& scores,
+                                  std::optional<ConstTensorView<1>> const& lengths,
+                                  SelectOptions const&, DecodeStateView const&);
+DecodeProblem make_append_problem(Context const&, ConstTensorView<3> const& k,
+                                  ConstTensorView<3> const& v, ConstTensorView<2> const& scores,
+                                  ConstTensorView<1> const& cu_seqlens, SelectOptions const&,
+                                  DecodeStateView const&);
 
 void check_projection(Context const&, ConstTensorView<2> const& z, std::int64_t k,
                       TensorView<2> const& p);

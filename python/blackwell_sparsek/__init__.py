@@ -14,11 +14,13 @@ of its past with the largest learned scores (SparseK; Lou, Jia, Zheng, Tu, arXiv
 ``key_norm_scores``            scores that need no training
 ``sparsek``                    the SPARSEK operator, a differentiable relaxation of top-k
 ``SparseKScorer``              the scores, learned from hidden states
+``SparseKCache``               the keys and values that generation needs, in constant memory
 ``SparseKAttention``           a whole attention layer, to be trained
 ``capability``                 which kernel a call would run, or why none does
 """
 
 from blackwell_sparsek import _core
+from blackwell_sparsek.cache import SparseKCache
 from blackwell_sparsek.capability import Capability, build_info, capability, show_config
 from blackwell_sparsek.functional import (
     attention_forward,
@@ -37,6 +39,7 @@ __all__ = [
     "Selection",
     "SelectionConfiguration",
     "SparseKAttention",
+    "SparseKCache",
     "SparseKScorer",
     "__version__",
     "attention_forward",

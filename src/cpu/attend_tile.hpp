@@ -56,6 +56,7 @@ struct RowBlock {
 struct KeyBlock {
   int64_t count;
   int32_t position[kKeyBlock];
+  int32_t row[kKeyBlock];
   int32_t expiry[kKeyBlock];
   float score[kKeyBlock];  // only with a gate
   int32_t const* k[kKeyBlock];
@@ -173,11 +174,11 @@ class TileKernel {
     }
   }
 
-  Element const* k_row(int64_t position) const {
-    return static_cast<Element const*>(t_.k) + position * t_.stride_k;
+  Element const* k_row(int64_t row) const {
+    return static_cast<Element const*>(t_.k) + row * t_.stride_k;
   }
-  Element const* v_row(int64_t position) const {
-    return static_cast<Element const*>(t_.v) + position * t_.stride_v;
+  Element const* v_row(int64_t row) const {
+    return static_cast<Element const*>(t_.v) + row * t_.stride_v;
   }
 
   void load_keys(int64_t first, int64_t count) {
@@ -186,20 +187,22 @@ class TileKernel {
     int64_t const row_words = round_up(words_, kLanes);
     for (int64_t t = 0; t < count; ++t) {
       int32_t const position = t_.keys[first + t];
+      int32_t const row = t_.key_rows ? t_.key_rows[first + t] : position;
       keys_.position[t] = position;
-      keys_.expiry[t] = t_.expiry[position];
-      keys_.score[t] = t_.gate == Gate::kNone ? 0.0F : t_.scores[position * t_.stride_scores];
-      Element const* const row = k_row(position);
+      keys_.row[t] = row;
+      keys_.expiry[t] = t_.expiry ? t_.expiry[row] : INT32_MAX;
+      keys_.score[t] = t_.gate == Gate::kNone ? 0.0F : t_.scores[row * t_.stride_scores];
+      Element const* const k = k_row(row);
       // NOTE: rows of selected keys are scattered, out of the hardware prefetchers' reach.
-      prefetch_row(row);
-      prefetch_row(v_row(position));
+      prefetch_row(k);
+      prefetch_row(v_row(row));
       if (in_place) {
-        keys_.k[t] = reinterpret_cast<int32_t const*>(row);
+        keys_.k[t] = reinterpret_cast<int32_t const*>(k);
         continue;
       }
       int32_t* const packed = scratch_.k + t * row_words;
       for (int64_t w = 0; w < words_; w += kLanes) {
-        store(packed + w, Words::row_words(row, w, t_.head_dim));
+        store(packed + w, Words::row_words(k, w, t_.head_dim));
       }
       keys_.k[t] = packed;
     }
@@ -218,7 +221,7 @@ class TileKernel {
     for (int64_t s = 0; s < steps; ++s) {
       Element const* rows[kPer];
       for (int i = 0; i < kPer; ++i) {
-        rows[i] = s * kPer + i < keys_.count ? v_row(keys_.position[s * kPer + i]) : nullptr;
+        rows[i] = s * kPer + i < keys_.count ? v_row(keys_.row[s * kPer + i]) : nullptr;
       }
       for (int64_t slice = 0; slice < width_; slice += kSlice) {
         int64_t const slice_width = smaller_of<int64_t>(kSlice, width_ - slice);

@@ -22,6 +22,24 @@ class PrefixThreshold {
                   std::int32_t* interior)
       : k_(k), num_candidates_(num_candidates), saturated_(saturated), interior_(interior) {}
 
+  // Goes on from an earlier threshold, perhaps rounded down (-infinity: none yet), and the scores of
+  // the candidates above it. Only for an object that is new.
+  void restore(float threshold, float const* candidates, std::int64_t count) {
+    if (threshold > -kInfinity) {
+      base_ = threshold;
+      t_ = 0.0;
+    }
+    for (std::int64_t i = 0; i < count; ++i) insert(candidates[i]);
+  }
+
+  // The scores that restore needs. Returns how many, at most num_candidates.
+  std::int64_t save(float* candidates) const {
+    std::int64_t count = 0;
+    for (std::int32_t const order : saturated_) candidates[count++] = score_of(order);
+    for (std::int32_t const order : interior_) candidates[count++] = score_of(order);
+    return count;
+  }
+
   // A key enters the pool.
   void insert(float score) {
     double const x = shifted(score);
