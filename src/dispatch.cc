@@ -14,6 +14,8 @@
 namespace sparsek {
 namespace {
 
+constexpr char const* kNoCudaBackward = "attend_backward: no CUDA kernel yet; supported: CPU";
+
 enum class Target { kReference, kCpu, kCuda };
 
 Target target_of(Context const& context) {
@@ -60,6 +62,20 @@ void run_attend(Context const& context, AttendProblem const& p) {
   dispatch(
       context, [&] { reference::attend(p); }, [&] { cpu::attend(context, p); },
       SPARSEK_CUDA_CALL(attend(context, p)));
+}
+
+void run_attend_backward(Context const& context, AttendBackwardProblem const& p) {
+  // Without queries there are still gradients of keys to clear.
+  if (p.forward.batch == 0 || p.forward.num_kv_heads == 0) return;
+  switch (target_of(context)) {
+    case Target::kReference:
+      return reference::attend_backward(p);
+    case Target::kCpu:
+      return cpu::attend_backward(context, p);
+    case Target::kCuda:
+      break;
+  }
+  throw Unsupported(kNoCudaBackward);
 }
 
 void run_score(Context const& context, ScoreProblem const& p) {
@@ -150,13 +166,24 @@ void attend_backward(Context const& context, ConstTensorView<4> const& q,
                      ConstTensorView<4> const& dout, TensorView<4> const& dq,
                      TensorView<4> const& dk, TensorView<4> const& dv,
                      std::optional<TensorView<3>> const& dscores) {
-  AttendBackwardProblem const p = make_attend_backward_problem(
-      context, q, k, v, scores, selection, lengths, options, out, lse, dout, dq, dk, dv, dscores);
-  if (context.backend != Backend::kReference) {
-    throw Unsupported(
-        "attend_backward: no kernel for this backend yet; supported: the reference backend");
-  }
-  reference::attend_backward(p);
+  run_attend_backward(
+      context, make_attend_backward_problem(context, q, k, v, scores, selection, lengths, options,
+                                            out, lse, dout, dq, dk, dv, dscores));
+}
+
+void attend_backward_varlen(Context const& context, ConstTensorView<3> const& q,
+                            ConstTensorView<3> const& k, ConstTensorView<3> const& v,
+                            std::optional<ConstTensorView<2>> const& scores,
+                            ConstPackedSelectionView const& selection,
+                            ConstTensorView<1> const& cu_seqlens_q,
+                            ConstTensorView<1> const& cu_seqlens_k, AttendOptions const& options,
+                            ConstTensorView<3> const& out, ConstTensorView<2> const& lse,
+                            ConstTensorView<3> const& dout, TensorView<3> const& dq,
+                            TensorView<3> const& dk, TensorView<3> const& dv,
+                            std::optional<TensorView<2>> const& dscores) {
+  run_attend_backward(context, make_attend_backward_problem(context, q, k, v, scores, selection,
+                                                            cu_seqlens_q, cu_seqlens_k, options,
+                                                            out, lse, dout, dq, dk, dv, dscores));
 }
 
 // --- decode
@@ -316,9 +343,9 @@ Capability attend_backward_capability(Context const& context, DataType dtype,
                                       std::array<std::int64_t, 4> const& q_shape,
                                       std::array<std::int64_t, 4> const& k_shape,
                                       AttendOptions const& options) {
-  Capability forward = attend_capability(context, dtype, q_shape, k_shape, options);
-  if (!forward.supported || context.backend == Backend::kReference) return forward;
-  return {false, "", "no attend_backward kernel for this backend yet; supported: reference"};
+  Capability const forward = attend_capability(context, dtype, q_shape, k_shape, options);
+  if (!forward.supported || context.device.type == DeviceType::kCpu) return forward;
+  return {false, "", kNoCudaBackward};
 }
 
 bool built_with_cuda() { return SPARSEK_WITH_CUDA; }

@@ -130,6 +130,7 @@ namespace cpu {
 void key_norm_scores(Context const&, ScoreProblem const&);
 void select(Context const&, SelectProblem const&);
 void attend(Context const&, AttendProblem const&);
+void attend_backward(Context const&, AttendBackwardProblem const&);
 void decode(Context const&, DecodeProblem const&);
 }  // namespace cpu
 

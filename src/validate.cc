@@ -424,6 +424,68 @@ AttendProblem make_attend_problem(Context const& context, ConstTensorView<3> con
 // --- attend_backward
 // -------------------------------------------------------------------------------------------------
 
+namespace {
+
+template <std::size_t Rank>
+struct GradientNames;
+template <>
+struct GradientNames<4> {
+  static constexpr char const *kQ = "[B, Hq, Sq, D]", *kK = "[B, Hkv, Sk, D]";
+  static constexpr char const* kScores = "[B, Hkv, Sk]";
+};
+template <>
+struct GradientNames<3> {
+  static constexpr char const *kQ = "[total_q, Hq, D]", *kK = "[total_k, Hkv, D]";
+  static constexpr char const* kScores = "[total_k, Hkv]";
+};
+
+// What a backward has besides the forward's problem. `scores_shape` is that of dscores.
+template <std::size_t Rank>
+void fill_gradients(AttendBackwardProblem& p, std::array<std::int64_t, Rank> const& q_shape,
+                    std::array<std::int64_t, Rank> const& k_shape,
+                    std::array<std::int64_t, Rank - 1> const& scores_shape,
+                    ConstTensorView<Rank> const& dout, TensorView<Rank> const& dq,
+                    TensorView<Rank> const& dk, TensorView<Rank> const& dv,
+                    std::optional<TensorView<Rank - 1>> const& dscores) {
+  using Names = GradientNames<Rank>;
+  constexpr bool kPacked = Rank == 3;
+  auto const check = [&](char const* name, char const* dims, ConstTensorView<Rank> const& t,
+                         std::array<std::int64_t, Rank> const& shape) {
+    expect_shape(name, dims, t, shape);
+    expect_dtype(name, t, p.forward.dtype);
+    expect_contiguous_rows(name, t);
+  };
+  check("dout", Names::kQ, dout, q_shape);
+  check("dq", Names::kQ, dq, q_shape);
+  check("dk", Names::kK, dk, k_shape);
+  check("dv", Names::kK, dv, k_shape);
+  expect_writable<Rank>("dq", dq);
+  expect_writable<Rank>("dk", dk);
+  expect_writable<Rank>("dv", dv);
+  p.dout = dout.data, p.dq = dq.data, p.dk = dk.data, p.dv = dv.data;
+  auto const set_strides = [](auto const& t, std::int64_t& batch, std::int64_t& head,
+                              std::int64_t& position) {
+    batch = kPacked ? 0 : t.stride[0];
+    head = t.stride[1];
+    position = t.stride[kPacked ? 0 : 2];
+  };
+  set_strides(dout, p.stride_dout_batch, p.stride_dout_head, p.stride_dout_position);
+  set_strides(dq, p.stride_dq_batch, p.stride_dq_head, p.stride_dq_position);
+  set_strides(dk, p.stride_dk_batch, p.stride_dk_head, p.stride_dk_position);
+  set_strides(dv, p.stride_dv_batch, p.stride_dv_head, p.stride_dv_position);
+  if (!dscores) return;
+  expect_shape<Rank - 1>("dscores", Names::kScores, *dscores, scores_shape);
+  expect_dtype<Rank - 1>("dscores", *dscores, p.forward.score_dtype);
+  expect_contiguous<Rank - 1>("dscores", *dscores);
+  if (p.forward.gate != Gate::kNone && !p.forward.last_candidate) {
+    fail("last_candidate", "the selection's, which dscores needs", "none");
+  }
+  p.dscores = dscores->data;
+  set_strides(*dscores, p.stride_dscores_batch, p.stride_dscores_head, p.stride_dscores_position);
+}
+
+}  // namespace
+
 AttendBackwardProblem make_attend_backward_problem(
     Context const& context, ConstTensorView<4> const& q, ConstTensorView<4> const& k,
     ConstTensorView<4> const& v, std::optional<ConstTensorView<3>> const& scores,
@@ -433,39 +495,23 @@ AttendBackwardProblem make_attend_backward_problem(
     TensorView<4> const& dv, std::optional<TensorView<3>> const& dscores) {
   AttendBackwardProblem p{};
   p.forward = make_attend_problem(context, q, k, v, scores, selection, lengths, options, out, lse);
-  auto const check = [&](char const* name, char const* dims, ConstTensorView<4> const& t,
-                         std::array<std::int64_t, 4> const& shape) {
-    expect_shape(name, dims, t, shape);
-    expect_dtype(name, t, q.dtype);
-    expect_contiguous_rows(name, t);
-  };
-  check("dout", "[B, Hq, Sq, D]", dout, q.shape);
-  check("dq", "[B, Hq, Sq, D]", dq, q.shape);
-  check("dk", "[B, Hkv, Sk, D]", dk, k.shape);
-  check("dv", "[B, Hkv, Sk, D]", dv, k.shape);
-  expect_writable<4>("dq", dq);
-  expect_writable<4>("dk", dk);
-  expect_writable<4>("dv", dv);
-  p.dout = dout.data, p.dq = dq.data, p.dk = dk.data, p.dv = dv.data;
-  p.stride_dout_batch = dout.stride[0], p.stride_dout_head = dout.stride[1];
-  p.stride_dout_position = dout.stride[2];
-  p.stride_dq_batch = dq.stride[0], p.stride_dq_head = dq.stride[1];
-  p.stride_dq_position = dq.stride[2];
-  p.stride_dk_batch = dk.stride[0], p.stride_dk_head = dk.stride[1];
-  p.stride_dk_position = dk.stride[2];
-  p.stride_dv_batch = dv.stride[0], p.stride_dv_head = dv.stride[1];
-  p.stride_dv_position = dv.stride[2];
-  if (dscores) {
-    expect_shape<3>("dscores", "[B, Hkv, Sk]", *dscores, {k.shape[0], k.shape[1], k.shape[2]});
-    expect_dtype<3>("dscores", *dscores, p.forward.score_dtype);
-    expect_contiguous<3>("dscores", *dscores);
-    if (p.forward.gate != Gate::kNone && !p.forward.last_candidate) {
-      fail("last_candidate", "the selection's, which dscores needs", "none");
-    }
-    p.dscores = dscores->data;
-    p.stride_dscores_batch = dscores->stride[0], p.stride_dscores_head = dscores->stride[1];
-    p.stride_dscores_position = dscores->stride[2];
-  }
+  fill_gradients<4>(p, q.shape, k.shape, {k.shape[0], k.shape[1], k.shape[2]}, dout, dq, dk, dv,
+                    dscores);
+  return p;
+}
+
+AttendBackwardProblem make_attend_backward_problem(
+    Context const& context, ConstTensorView<3> const& q, ConstTensorView<3> const& k,
+    ConstTensorView<3> const& v, std::optional<ConstTensorView<2>> const& scores,
+    ConstPackedSelectionView const& selection, ConstTensorView<1> const& cu_seqlens_q,
+    ConstTensorView<1> const& cu_seqlens_k, AttendOptions const& options,
+    ConstTensorView<3> const& out, ConstTensorView<2> const& lse, ConstTensorView<3> const& dout,
+    TensorView<3> const& dq, TensorView<3> const& dk, TensorView<3> const& dv,
+    std::optional<TensorView<2>> const& dscores) {
+  AttendBackwardProblem p{};
+  p.forward = make_attend_problem(context, q, k, v, scores, selection, cu_seqlens_q, cu_seqlens_k,
+                                  options, out, lse);
+  fill_gradients<3>(p, q.shape, k.shape, {k.shape[0], k.shape[1]}, dout, dq, dk, dv, dscores);
   return p;
 }
 

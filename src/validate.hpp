@@ -51,6 +51,13 @@ AttendBackwardProblem make_attend_backward_problem(
     AttendOptions const&, ConstTensorView<4> const& out, ConstTensorView<3> const& lse,
     ConstTensorView<4> const& dout, TensorView<4> const& dq, TensorView<4> const& dk,
     TensorView<4> const& dv, std::optional<TensorView<3>> const& dscores);
+AttendBackwardProblem make_attend_backward_problem(
+    Context const&, ConstTensorView<3> const& q, ConstTensorView<3> const& k,
+    ConstTensorView<3> const& v, std::optional<ConstTensorView<2>> const& scores,
+    ConstPackedSelectionView const&, ConstTensorView<1> const& cu_seqlens_q,
+    ConstTensorView<1> const& cu_seqlens_k, AttendOptions const&, ConstTensorView<3> const& out,
+    ConstTensorView<2> const& lse, ConstTensorView<3> const& dout, TensorView<3> const& dq,
+    TensorView<3> const& dk, TensorView<3> const& dv, std::optional<TensorView<2>> const& dscores);
 
 DecodeProblem make_decode_problem(Context const&, ConstTensorView<4> const& q,
                                   ConstTensorView<4> const& k, ConstTensorView<4> const& v,

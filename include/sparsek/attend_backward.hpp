@@ -22,7 +22,7 @@ namespace sparsek {
 // dq, dk, dv  out: like q, k, v
 // dscores     float32 [B, Hkv, Sk] out or none, contiguous
 //
-// Throws as attend does.
+// Throws as attend does. Deterministic: two calls give the same bits.
 void attend_backward(Context const& context, ConstTensorView<4> const& q,
                      ConstTensorView<4> const& k, ConstTensorView<4> const& v,
                      std::optional<ConstTensorView<3>> const& scores,
@@ -32,5 +32,21 @@ void attend_backward(Context const& context, ConstTensorView<4> const& q,
                      ConstTensorView<4> const& dout, TensorView<4> const& dq,
                      TensorView<4> const& dk, TensorView<4> const& dv,
                      std::optional<TensorView<3>> const& dscores);
+
+// The gradients of attend_varlen: equals one attend_backward per sequence. Tensors as attend_varlen
+// takes them.
+//
+// dout, dq  like q; dk, dv  like k
+// dscores   float32 [total_k, Hkv] out or none, contiguous
+void attend_backward_varlen(Context const& context, ConstTensorView<3> const& q,
+                            ConstTensorView<3> const& k, ConstTensorView<3> const& v,
+                            std::optional<ConstTensorView<2>> const& scores,
+                            ConstPackedSelectionView const& selection,
+                            ConstTensorView<1> const& cu_seqlens_q,
+                            ConstTensorView<1> const& cu_seqlens_k, AttendOptions const& options,
+                            ConstTensorView<3> const& out, ConstTensorView<2> const& lse,
+                            ConstTensorView<3> const& dout, TensorView<3> const& dq,
+                            TensorView<3> const& dk, TensorView<3> const& dv,
+                            std::optional<TensorView<2>> const& dscores);
 
 }  // namespace sparsek

@@ -147,6 +147,10 @@ struct FloatWords {
     return (VecI)load_floats(rows[0] + first, head_dim - first);
   }
   static SPARSEK_INLINE VecI weight_words(VecF const weights[1]) { return (VecI)weights[0]; }
+  // Numbers first ... of a row of words.
+  static SPARSEK_INLINE void store_row_words(int32_t* row, int64_t first, VecF x) {
+    store(row + first, x);
+  }
 };
 
 #if defined(__AVX512BF16__)
@@ -176,6 +180,9 @@ struct Bf16Words {
     auto const pairs = (__m512i)_mm512_cvtne2ps_pbh((__m512)weights[1], (__m512)weights[0]);
     VecU const low_then_high = lane_numbers() | (lane_numbers() + kLanes) << 16;
     return (VecI)_mm512_permutexvar_epi16((__m512i)low_then_high, pairs);
+  }
+  static SPARSEK_INLINE void store_row_words(int32_t* row, int64_t first, VecF x) {
+    store(row + first / 2, float_to_bf16(x));
   }
 };
 #endif

@@ -4,6 +4,7 @@
 
 #include <math.h>
 
+#include "cpu/attend_backward_tile.hpp"
 #include "cpu/attend_tile.hpp"
 #include "cpu/elements.hpp"
 
@@ -27,6 +28,43 @@ void attend(AttendTile const& tile) {
 
 size_t attend_workspace(int64_t head_dim, int64_t num_rows) {
   return make_scratch(nullptr, head_dim, num_rows).bytes;
+}
+
+void attend_backward(AttendBackwardTile const& tile) {
+  switch (tile.dtype) {
+    case DataType::kFloat32:
+      return BackwardTileKernel<FloatWords, float>(tile).run();
+    case DataType::kFloat16:
+      return BackwardTileKernel<FloatWords, Fp16>(tile).run();
+    default:
+#if defined(__AVX512BF16__)
+      return BackwardTileKernel<Bf16Words, Bf16>(tile).run();
+#else
+      return BackwardTileKernel<FloatWords, Bf16>(tile).run();
+#endif
+  }
+}
+
+size_t attend_backward_workspace(int64_t head_dim, int64_t num_rows) {
+  return make_backward_scratch(nullptr, head_dim, num_rows).bytes;
+}
+
+int64_t size_of_gradient_row(int64_t head_dim) { return gradient_row_size(head_dim); }
+
+float write_gradients(DataType dtype, int64_t head_dim, float sm_scale, float const* row, void* dk,
+                      void* dv) {
+  auto const write = [&](auto* typed_dk) {
+    return write_gradient_row(head_dim, sm_scale, row, typed_dk,
+                              static_cast<decltype(typed_dk)>(dv));
+  };
+  switch (dtype) {
+    case DataType::kFloat32:
+      return write(static_cast<float*>(dk));
+    case DataType::kFloat16:
+      return write(static_cast<Fp16*>(dk));
+    default:
+      return write(static_cast<Bf16*>(dk));
+  }
 }
 
 template <typename Element>
@@ -61,6 +99,12 @@ void negative_norms(DataType dtype, void const* k, int64_t stride_k, int64_t num
 }  // namespace
 
 extern KernelTable const kTable;
-KernelTable const kTable{attend, attend_workspace, negative_norms};
+KernelTable const kTable{attend,
+                         attend_workspace,
+                         attend_backward,
+                         attend_backward_workspace,
+                         size_of_gradient_row,
+                         write_gradients,
+                         negative_norms};
 
 }  // namespace sparsek::cpu::SPARSEK_CPU_ISA
