@@ -127,6 +127,7 @@ class SparseKCache:
         v: Tensor,
         scores: Tensor | None,
         *,
+        lengths: Tensor | None = None,
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Appends the next tokens of every sequence and attends from them.
@@ -136,6 +137,8 @@ class SparseKCache:
                 decoding.
             k, v: ``[batch_size, Hkv, n, D]``: the same tokens' keys and values.
             scores: float32 ``[batch_size, Hkv, n]``. None: ``key_norm_scores(k)``.
+            lengths: int32 ``[batch_size]``: of row b only the first ``lengths[b]`` tokens of this call exist; the others'
+                output is 0.
             return_lse: also return lse, float32 ``[batch_size, Hq, n]``.
 
         Returns:
@@ -148,10 +151,10 @@ class SparseKCache:
             )
         self._check(q=q, k=k, v=v)
         if scores is None:
-            scores = _OPS.key_norm_scores(k.detach(), None, "auto")
+            scores = _OPS.key_norm_scores(k.detach(), lengths, "auto")
         blocks = (self.state, self._block_index, None)
         attention = (self.gate, self.sm_scale, return_lse)
-        out, lse = _OPS.decode(q, k, v, scores, None, *blocks, *self._configuration, *attention)
+        out, lse = _OPS.decode(q, k, v, scores, lengths, *blocks, *self._configuration, *attention)
         return (out, lse) if return_lse else out
 
     def reset(self) -> None:
