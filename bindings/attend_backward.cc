@@ -32,6 +32,28 @@ void define_attend_backward(nb::module_& module) {
                           dk, dv, dscores);
         });
       });
+  module.def(
+      "attend_backward_varlen",
+      [](Call const& call, ConstTensorView<3> const& q, ConstTensorView<3> const& k,
+         ConstTensorView<3> const& v, std::optional<ConstTensorView<2>> const& scores,
+         ConstTensorView<2> const& expiry, std::optional<ConstTensorView<2>> const& threshold,
+         std::optional<ConstTensorView<2>> const& last_candidate,
+         ConstTensorView<1> const& cu_seqlens_q, ConstTensorView<1> const& cu_seqlens_k,
+         std::int64_t num_selected, std::int64_t window, std::int64_t chunk_size,
+         std::optional<std::int64_t> num_candidates, int gate, std::optional<double> sm_scale,
+         ConstTensorView<3> const& out, ConstTensorView<2> const& lse,
+         ConstTensorView<3> const& dout, TensorView<3> const& dq, TensorView<3> const& dk,
+         TensorView<3> const& dv, std::optional<TensorView<2>> const& dscores) {
+        ConstPackedSelectionView selection(expiry);
+        selection.threshold = threshold;
+        selection.last_candidate = last_candidate;
+        AttendOptions const options{
+            static_cast<Gate>(gate), sm_scale, {num_selected, window, chunk_size, num_candidates}};
+        run(call, [&](Context const& context) {
+          attend_backward_varlen(context, q, k, v, scores, selection, cu_seqlens_q, cu_seqlens_k,
+                                 options, out, lse, dout, dq, dk, dv, dscores);
+        });
+      });
 }
 
 }  // namespace sparsek::bindings

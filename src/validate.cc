@@ -441,7 +441,8 @@ struct GradientNames<3> {
 
 // What a backward has besides the forward's problem. `scores_shape` is that of dscores.
 template <std::size_t Rank>
-void fill_gradients(AttendBackwardProblem& p, std::array<std::int64_t, Rank> const& q_shape,
+void fill_gradients(AttendBackwardProblem& p, bool has_last_candidate,
+                    std::array<std::int64_t, Rank> const& q_shape,
                     std::array<std::int64_t, Rank> const& k_shape,
                     std::array<std::int64_t, Rank - 1> const& scores_shape,
                     ConstTensorView<Rank> const& dout, TensorView<Rank> const& dq,
@@ -477,7 +478,7 @@ void fill_gradients(AttendBackwardProblem& p, std::array<std::int64_t, Rank> con
   expect_shape<Rank - 1>("dscores", Names::kScores, *dscores, scores_shape);
   expect_dtype<Rank - 1>("dscores", *dscores, p.forward.score_dtype);
   expect_contiguous<Rank - 1>("dscores", *dscores);
-  if (p.forward.gate != Gate::kNone && !p.forward.last_candidate) {
+  if (p.forward.gate != Gate::kNone && !has_last_candidate) {
     fail("last_candidate", "the selection's, which dscores needs", "none");
   }
   p.dscores = dscores->data;
@@ -495,8 +496,8 @@ AttendBackwardProblem make_attend_backward_problem(
     TensorView<4> const& dv, std::optional<TensorView<3>> const& dscores) {
   AttendBackwardProblem p{};
   p.forward = make_attend_problem(context, q, k, v, scores, selection, lengths, options, out, lse);
-  fill_gradients<4>(p, q.shape, k.shape, {k.shape[0], k.shape[1], k.shape[2]}, dout, dq, dk, dv,
-                    dscores);
+  fill_gradients<4>(p, selection.last_candidate.has_value(), q.shape, k.shape,
+                    {k.shape[0], k.shape[1], k.shape[2]}, dout, dq, dk, dv, dscores);
   return p;
 }
 
@@ -511,7 +512,8 @@ AttendBackwardProblem make_attend_backward_problem(
   AttendBackwardProblem p{};
   p.forward = make_attend_problem(context, q, k, v, scores, selection, cu_seqlens_q, cu_seqlens_k,
                                   options, out, lse);
-  fill_gradients<3>(p, q.shape, k.shape, {k.shape[0], k.shape[1]}, dout, dq, dk, dv, dscores);
+  fill_gradients<3>(p, selection.last_candidate.has_value(), q.shape, k.shape,
+                    {k.shape[0], k.shape[1]}, dout, dq, dk, dv, dscores);
   return p;
 }
 

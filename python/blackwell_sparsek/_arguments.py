@@ -49,6 +49,9 @@ PACKED_DIMENSIONS = {
     "k": ("total_k", "Hkv", "D"),
     "v": ("total_k", "Hkv", "D"),
     "scores": ("total_k", "Hkv"),
+    "expiry": ("Hkv", "total_k"),
+    "threshold": ("Hkv", "total_k / chunk_size + N"),
+    "last_candidate": ("Hkv", "total_k / chunk_size + N"),
     "cu_seqlens_q": ("N + 1",),
     "cu_seqlens_k": ("N + 1",),
 }

@@ -17,20 +17,25 @@ from blackwell_sparsek.capability import query
 # Positions in attend's schema.
 _Q, _K, _V, _SCORES, _EXPIRY, _THRESHOLD, _LAST_CANDIDATE, _LENGTHS = range(8)
 _NUM_ARGUMENTS = 17
+# And in attend_varlen's, where the first seven are the same.
+_STARTS_K, _NUM_PACKED_ARGUMENTS = 8, 16
 
 
 def require_backward(
     q, k, configuration, is_foreign: bool, max_keys_per_tile, gate: str, backend: str
 ) -> None:
-    """NotImplementedError unless attend_backward serves this problem here."""
+    """NotImplementedError unless attend_backward serves this problem here.
+
+    q and k are ``[B, H, S, D]``, or ``[S, H, D]`` of packed sequences.
+    """
     answer = query(
         "attend_backward",
         (CUDA if q.device.type == "cuda" else CPU, q.device.index or 0),
         backend,
         q.dtype,
         # Batch and lengths do not matter; leaving them out keeps traced shapes dynamic.
-        (1, int(q.shape[1]), 1, int(q.shape[3])),
-        (1, int(k.shape[1]), 1, int(k.shape[3])),
+        (1, int(q.shape[1]), 1, int(q.shape[-1])),
+        (1, int(k.shape[1]), 1, int(k.shape[-1])),
         tuple(configuration),
         is_foreign,
         max_keys_per_tile,
@@ -86,6 +91,26 @@ def _backward(ctx, dout, _dlse):
     return dq, dk, dv, dscores if needs_dscores else None, *rest
 
 
+def _save_packed_for_backward(ctx, inputs, output):
+    *configuration, gate, sm_scale, backend = inputs[_STARTS_K + 1 :]
+    require_backward(inputs[_Q], inputs[_K], configuration, False, None, gate, backend)
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(*inputs[: _STARTS_K + 1], out, lse)
+    ctx.options = (*configuration, gate, sm_scale)
+    ctx.backend = backend
+
+
+def _packed_backward(ctx, dout, _dlse):
+    *inputs, out, lse = ctx.saved_tensors
+    needs_dscores = ctx.needs_input_grad[_SCORES] and inputs[_SCORES] is not None
+    dq, dk, dv, dscores = torch.ops.blackwell_sparsek.attend_backward_varlen(
+        *inputs, *ctx.options, out, lse, dout, needs_dscores, ctx.backend
+    )
+    rest = [None] * (_NUM_PACKED_ARGUMENTS - _SCORES - 1)
+    return dq, dk, dv, dscores if needs_dscores else None, *rest
+
+
 def _refuse_second_derivative(ctx, *gradients):
     raise NotImplementedError("attend_backward has no derivative: double backward is not supported")
 
@@ -95,7 +120,7 @@ def _mark_selection(ctx, inputs, output):
 
 
 def _no_gradients(ctx, *gradients):
-    return (None,) * 7
+    return (None,) * 7  # of select and select_varlen
 
 
 def _mark_scores(ctx, inputs, output):
@@ -111,6 +136,9 @@ for _name, _function, _setup in (
     ("select", _no_gradients, _mark_selection),
     ("attend", _backward, _save_for_backward),
     ("attend_backward", _refuse_second_derivative, None),
+    ("select_varlen", _no_gradients, _mark_selection),
+    ("attend_varlen", _packed_backward, _save_packed_for_backward),
+    ("attend_backward_varlen", _refuse_second_derivative, None),
 ):
     torch.library.register_autograd(
         f"blackwell_sparsek::{_name}", _function, setup_context=_setup, lib=LIBRARY

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
-from blackwell_sparsek import fused, ops, projection  # noqa: F401  (they define the operators)
+from blackwell_sparsek import fused, ops, packed, projection  # noqa: F401  (they define the operators)
 from blackwell_sparsek._arguments import name_of
 from blackwell_sparsek.autograd import require_backward, wants_gradients
 from blackwell_sparsek.selection import (
@@ -290,7 +288,7 @@ def attention_varlen_forward(
         return_lse: also return lse, float32 ``[total_q, Hq]``.
 
     Returns:
-        out like q, or ``(out, lse)``. Differentiable on the reference backend alone.
+        out like q, or ``(out, lse)``. Differentiable as :func:`attention_forward` is.
 
     Raises:
         ValueError, NotImplementedError: as :func:`attention_forward`.
@@ -308,13 +306,16 @@ def attention_varlen_forward(
     configuration = (num_selected, window, chunk_size, num_candidates)
     differentiable = wants_gradients(q, k, v, scores)
     if differentiable:
-        if backend != "reference":
-            raise NotImplementedError(
-                "attend_backward is missing here for packed sequences, but an input requires grad: "
-                'use backend="reference", one attention_forward per sequence, or torch.no_grad()'
-            )
-        out, lse = _varlen_by_sequence(
-            q, k, v, scores, cu_seqlens_q, cu_seqlens_k, configuration, gate, sm_scale
+        if not torch.compiler.is_compiling() and q.dim() == k.dim() == 3:
+            # The operator checks it too, but only after it ran.
+            require_backward(q, k, configuration, False, None, gate, backend)
+        ranked = scores
+        if ranked is None:
+            ranked = _OPS.key_norm_scores(k.detach().transpose(0, 1)[None], None, backend)[0].T
+        selected = _OPS.select_varlen(ranked.detach(), cu_seqlens_k, *configuration, backend)
+        starts = (cu_seqlens_q, cu_seqlens_k)
+        out, lse = _OPS.attend_varlen(
+            q, k, v, scores, *selected, *starts, *configuration, gate, sm_scale, backend
         )
     else:
         out, lse = _OPS.attention_varlen_forward(
@@ -331,33 +332,6 @@ def attention_varlen_forward(
             backend,
         )
     return (out, lse) if return_lse else out
-
-
-def _varlen_by_sequence(
-    q, k, v, scores, cu_seqlens_q, cu_seqlens_k, configuration, gate, sm_scale
-) -> tuple[Tensor, Tensor]:
-    """The definition of the packed form, one differentiable reference call per sequence."""
-    options = dict(zip(_OPTION_NAMES, configuration, strict=True))
-    outs, lses = [], []
-    ranges_q = itertools.pairwise(cu_seqlens_q.tolist())
-    ranges_k = itertools.pairwise(cu_seqlens_k.tolist())
-    for (begin_q, end_q), (begin_k, end_k) in zip(ranges_q, ranges_k, strict=True):
-        out, lse = attention_forward(
-            q[begin_q:end_q].transpose(0, 1)[None],
-            k[begin_k:end_k].transpose(0, 1)[None],
-            v[begin_k:end_k].transpose(0, 1)[None],
-            None if scores is None else scores[begin_k:end_k].transpose(0, 1)[None],
-            **options,
-            gate=gate,
-            sm_scale=sm_scale,
-            return_lse=True,
-            backend="reference",
-        )
-        outs.append(out[0].transpose(0, 1))
-        lses.append(lse[0].transpose(0, 1))
-    if not outs:
-        return torch.zeros_like(q), q.new_zeros(q.shape[:2])
-    return torch.cat(outs), torch.cat(lses)
 
 
 def sparsek(z: Tensor, k: int, dim: int = -1) -> Tensor:
