@@ -1,6 +1,6 @@
 """Trains a small language model on real text with dense, sliding-window or SparseK attention.
 
-    python examples/02_train_lm.py                                      # SparseK on the CPU, about two minutes
+    python examples/02_train_lm.py                                      # SparseK on the CPU, one to two minutes
     python examples/02_train_lm.py --compare                            # dense, window and SparseK, one after another
     python examples/02_train_lm.py --preset h200 --compare              # on a GPU: 50M parameters, 4096 bytes of context
     python examples/02_train_lm.py --attention dense --save dense.pt    # then fine-tune that model with SparseK:

@@ -25,9 +25,9 @@ NUM_POSITION_BUCKETS = 8
 
 @dataclass
 class TrainConfig:
-    steps: int = 250
-    batch_size: int = 4
-    seq_len: int = 1024
+    steps: int = 300
+    batch_size: int = 2
+    seq_len: int = 2048
     learning_rate: float = 3e-3
     warmup_steps: int = 20
     weight_decay: float = 0.1

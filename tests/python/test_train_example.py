@@ -5,19 +5,20 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
+import blackwell_sparsek as bs
 import pytest
 import torch
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.append(str(EXAMPLES))
 
-from lm import data, report, training  # noqa: E402
+from lm import data, training  # noqa: E402
 from lm.model import ATTENTIONS, LanguageModel, ModelConfig  # noqa: E402
-
-BACKEND = ["--backend", "reference"]  # exact, and the shapes are tiny
 
 
 def load_example():
@@ -49,7 +50,7 @@ def text(tmp_path_factory) -> Path:
 
 
 def train(text: Path, out: Path, *options: str) -> dict:
-    argv = ["--preset", "tiny", "--text", str(text), "--out", str(out), *BACKEND, *options]
+    argv = ["--preset", "tiny", "--text", str(text), "--out", str(out), *options]
     return example.run(example.parse_arguments(argv))
 
 
@@ -136,13 +137,25 @@ def test_annealing_schedule():
     assert config.num_selected_at(100, 0) == 0
 
 
-def test_compared_runs(text, tmp_path):
-    """What --compare writes, from results that lie there already."""
-    results = [train(text, tmp_path, "--attention", name) for name in ATTENTIONS[:2]]
-    report.plot(tmp_path / "compare.png", results)
+def test_compare(text, tmp_path):
+    """From the command line: three processes, one table."""
+    package = str(Path(bs.__file__).parents[1])
+    options = ["--preset", "tiny", "--steps", "2", "--text", str(text), "--out", str(tmp_path)]
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / "02_train_lm.py"), "--compare", *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1"},
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    table = result.stdout.splitlines()[-5:-1]
+    assert [line.split()[0] for line in table] == ["attention", *ATTENTIONS]
+    results = json.loads((tmp_path / "compare.json").read_text())
+    assert [r["attention"] for r in results] == list(ATTENTIONS)
+    assert len({r["log"][0]["loss"] for r in results}) == 1
     assert (tmp_path / "compare.png").stat().st_size > 10_000
-    lines = report.table_of(results).splitlines()
-    assert [line.split()[0] for line in lines] == ["attention", "dense", "window"]
 
 
 # ---- data ----------------------------------------------------------------------------------------
