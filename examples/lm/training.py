@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ NUM_POSITION_BUCKETS = 8
 
 @dataclass
 class TrainConfig:
-    steps: int = 300
+    steps: int = 240
     batch_size: int = 2
     seq_len: int = 2048
     learning_rate: float = 3e-3
@@ -33,7 +34,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     anneal_steps: int = 0  # over which num_selected falls from seq_len to its target
-    eval_every: int = 50
+    eval_every: int = 40
     eval_batches: int = 8
     dtype: str = "float32"  # bfloat16: autocast
     device: str = "cpu"
@@ -197,7 +198,7 @@ def evaluate(state: State, corpus: Corpus) -> Evaluation:
     config = state.config
     batches = corpus.valid_batches(config.eval_batches, config.batch_size, config.seq_len)
     total = torch.zeros(config.seq_len, dtype=torch.float64)
-    with observed_support(state.model) as supports:
+    with GateSupport(state.model) as support:
         for batch in batches:
             losses = losses_of(state.model, batch.to(config.device), config)
             total += losses.double().mean(dim=0).cpu()
@@ -207,42 +208,51 @@ def evaluate(state: State, corpus: Corpus) -> Evaluation:
         loss=float(by_position.mean()),
         loss_late=float(by_position[-(config.seq_len // 4) :].mean()),
         loss_by_position=[float(bucket.mean()) for bucket in buckets],
-        gate_support=sum(supports) / len(supports) if supports else None,
+        gate_support=support.mean_by_layer(),
     )
 
 
-@contextlib.contextmanager
-def observed_support(model: LanguageModel):
-    """Collects, from each forward of each scorer, how many keys have a positive gate per selected one."""
-    supports: list[float] = []
-    hooks = [
-        layer.scorer.register_forward_hook(
-            lambda _scorer, _inputs, scores, layer=layer: append_support(supports, layer, scores)
-        )
-        for layer in model.sparse_layers()
-    ]
-    try:
-        yield supports
-    finally:
-        for hook in hooks:
+class GateSupport:
+    """Observes, in each forward, how many keys of the last pool have a positive gate, as a multiple of num_selected.
+
+    Far above 2, the scores of that layer have too small a spread.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.layers = model.sparse_layers()
+        self.observed: list[list[float]] = [[] for _ in self.layers]
+
+    def __enter__(self) -> GateSupport:
+        self.hooks = [
+            layer.scorer.register_forward_hook(partial(self._observe, index))
+            for index, layer in enumerate(self.layers)
+        ]
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        for hook in self.hooks:
             hook.remove()
 
+    def mean_by_layer(self) -> list[float] | None:
+        if not any(self.observed):
+            return None
+        return [sum(values) / len(values) for values in self.observed]
 
-def append_support(supports: list[float], layer, scores: Tensor) -> None:
-    seq_len = scores.shape[2]
-    last_chunk = (seq_len - 1) // layer.chunk_size
-    pool_size = last_chunk * layer.chunk_size - layer.window
-    if not 0 < layer.num_selected < pool_size:
-        return
-    selection = select(
-        scores,
-        num_selected=layer.num_selected,
-        window=layer.window,
-        chunk_size=layer.chunk_size,
-        num_candidates=layer.num_candidates,
-    )
-    is_open = scores[:, :, :pool_size] > selection.threshold[:, :, -1:]
-    supports.append(float(is_open.sum(dim=-1).float().mean()) / layer.num_selected)
+    def _observe(self, index: int, _scorer, _inputs, scores: Tensor) -> None:
+        layer = self.layers[index]
+        last_chunk = (scores.shape[2] - 1) // layer.chunk_size
+        pool_size = last_chunk * layer.chunk_size - layer.window
+        if not 0 < layer.num_selected < pool_size:
+            return
+        selection = select(
+            scores,
+            num_selected=layer.num_selected,
+            window=layer.window,
+            chunk_size=layer.chunk_size,
+            num_candidates=layer.num_candidates,
+        )
+        is_open = scores[:, :, :pool_size] > selection.threshold[:, :, -1:]
+        self.observed[index].append(float(is_open.sum(dim=-1).float().mean()) / layer.num_selected)
 
 
 def record(state: State, corpus: Corpus, train_loss: float) -> None:

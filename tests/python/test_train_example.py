@@ -62,7 +62,8 @@ def test_loss_falls(text, tmp_path, attention):
     assert last["loss"] < 0.7 * first["loss"]
     assert last["step"] == result["steps"] == 20
     assert len(last["loss_by_position"]) == training.NUM_POSITION_BUCKETS
-    assert (last["gate_support"] is not None) == (attention == "sparsek")
+    support = last["gate_support"]
+    assert support is None if attention != "sparsek" else all(0.5 < s < 10 for s in support)
     assert result["tokens_per_second"] > 0
     assert result["peak_memory_mib"] > 0
     assert json.loads((tmp_path / f"{attention}.json").read_text()) == result
