@@ -125,7 +125,16 @@ class RowsKernel {
       key_score_[t] = t_.gate == Gate::kNone ? 0.0F : t_.scores[row * t_.stride_scores];
       k_[t] = static_cast<Element const*>(t_.k) + row * t_.stride_k;
       v_[t] = static_cast<Element const*>(t_.v) + row * t_.stride_v;
+      prefetch_row(k_[t]);
+      prefetch_row(v_[t]);
     }
+  }
+
+  // NOTE: the products visit kLanes rows side by side, an order that the hardware prefetchers do not
+  // follow.
+  void prefetch_row(Element const* row) const {
+    constexpr int64_t kLine = 64 / sizeof(Element);
+    for (int64_t d = 0; d < t_.head_dim; d += kLine) __builtin_prefetch(row + d);
   }
 
   // Scores of kLanes keys.
