@@ -3,7 +3,7 @@
 #
 #   scripts/setup.sh [--tests] [--dev]
 #
-# --tests  also GoogleTest, for the C++ tests
+# --tests  also GoogleTest, for the C++ tests, and requirements-hf.txt, for tests that are skipped without it
 # --dev    also the packages of requirements-dev.txt
 #
 # PYTHON names the interpreter (default: python3). One that has torch >= 2.10 is used with its own
@@ -82,19 +82,31 @@ print(os.path.dirname(os.path.dirname(torch.__file__)))' 2>/dev/null || true)
   touch .venv/adopted
 }
 
-install_python_packages() {
-  local files=(requirements.txt)
-  if $dev; then files+=(requirements-dev.txt); fi
+# install_missing <requirements file>...: the pins that the environment does not meet. Its callers ask for its status, which
+# turns `set -e` off inside.
+install_missing() {
   local options=()
   if [ -e .venv/adopted ]; then options+=(--any-version); fi
   local missing
-  mapfile -t missing < <($venv_python scripts/missing_packages.py "${options[@]}" "${files[@]}")
-  if [ ${#missing[@]} -eq 0 ]; then return; fi
+  missing=$($venv_python scripts/missing_packages.py "${options[@]}" "$@") || return 1
+  if [ -z "$missing" ]; then return; fi
+  mapfile -t missing <<<"$missing"
   say "installing ${missing[*]}"
   if ! $venv_python -m pip install -qq --disable-pip-version-check "${missing[@]}"; then
     say "pip could not install: ${missing[*]}" >&2
+    return 1
+  fi
+}
+
+install_python_packages() {
+  local files=(requirements.txt)
+  if $dev; then files+=(requirements-dev.txt); fi
+  if ! install_missing "${files[@]}"; then
     say "without a network, point PIP_FIND_LINKS at a folder that holds these wheels and set PIP_NO_INDEX=1" >&2
     exit 1
+  fi
+  if $tests && ! install_missing requirements-hf.txt; then
+    say "the tests that need it will be skipped" >&2
   fi
 }
 
