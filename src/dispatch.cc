@@ -210,8 +210,8 @@ void decode(Context const& context, ConstTensorView<4> const& q, ConstTensorView
             std::optional<ConstTensorView<1>> const& lengths, DecodeOptions const& options,
             DecodeStateView const& state, TensorView<4> const& out,
             std::optional<TensorView<3>> const& lse) {
-  run_decode(context, make_decode_problem(context, q, k, v, scores, lengths, options, state, out,
-                                          lse));
+  run_decode(context,
+             make_decode_problem(context, q, k, v, scores, lengths, options, state, out, lse));
 }
 
 void decode_append(Context const& context, ConstTensorView<4> const& k, ConstTensorView<4> const& v,
@@ -226,8 +226,8 @@ void decode_varlen(Context const& context, ConstTensorView<3> const& q, ConstTen
                    ConstTensorView<1> const& cu_seqlens, DecodeOptions const& options,
                    DecodeStateView const& state, TensorView<3> const& out,
                    std::optional<TensorView<2>> const& lse) {
-  run_decode(context, make_decode_problem(context, q, k, v, scores, cu_seqlens, options, state, out,
-                                          lse));
+  run_decode(context,
+             make_decode_problem(context, q, k, v, scores, cu_seqlens, options, state, out, lse));
 }
 
 void decode_append_varlen(Context const& context, ConstTensorView<3> const& k,

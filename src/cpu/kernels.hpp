@@ -27,10 +27,11 @@ struct AttendTile {
   std::int32_t const* pool_end;  // [num_rows]; keys at positions >= pool_end[r] have gate 1
 
   std::int64_t num_keys;
-  std::int32_t const* keys;      // [num_keys], ascending positions
-  std::int32_t const* key_rows;  // [num_keys]: the key's index into what follows; null: its position
-  std::int32_t const* expiry;    // null: no key expires
-  float const* scores;  // only read with a gate
+  std::int32_t const* keys;  // [num_keys], ascending positions
+  std::int32_t const*
+      key_rows;                // [num_keys]: the key's index into what follows; null: its position
+  std::int32_t const* expiry;  // null: no key expires
+  float const* scores;         // only read with a gate
   std::int64_t stride_scores;
   void const *k, *v;
   std::int64_t stride_k, stride_v;
