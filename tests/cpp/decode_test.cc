@@ -96,7 +96,7 @@ ConstTensorView<1> view_of(std::vector<std::int32_t> const& v) {
 
 // Steps of 1, 2, ... tokens through the blocks 2 and 0 of a pool, the first calls only appended.
 void expect_rows_of_one_shot(DataType dtype, DecodeOptions const& options) {
-  Sequences const s(300, dtype, options);
+  Sequences const s(180, dtype, options);
   DecodeStateLayout const layout = decode_state_layout(dtype, kKvHeads, kDim, options.selection);
   Pool pool(layout, 3);
   std::vector<std::int32_t> const blocks{2, 0}, fresh{0, 0};
