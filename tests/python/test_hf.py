@@ -326,6 +326,21 @@ def test_gradients():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
 
 
+def test_compiled_training():
+    skip_without_backward()
+    model = make_switched().train()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    padded = make_padded([40, 33], 40, "left")
+    inputs = {"input_ids": padded.tokens, "attention_mask": padded.mask, "labels": padded.tokens}
+    gradients = []
+    for function in (model, compiled):
+        model.zero_grad()
+        function(**inputs, use_cache=False).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for gradient, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_training_of_scorers_alone_and_annealing():
     skip_without_backward()
     model = make_model()

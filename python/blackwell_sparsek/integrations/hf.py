@@ -47,7 +47,7 @@ try:
     import transformers
 except ImportError as error:
     raise ImportError(
-        "blackwell_sparsek.integrations.hf needs Transformers: pip install 'blackwell-sparsek[hf]'"
+        "blackwell_sparsek.integrations.hf needs Transformers: pip install 'transformers>=5.24,<6'"
     ) from error
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < MINIMUM_VERSION:
     raise ImportError(
@@ -134,7 +134,8 @@ def sparsek_mask(
     if mask_function is not causal_mask_function:
         raise NotImplementedError(
             "attention_mask: SparseK serves causal attention with padding; sliding windows, bidirectional blocks and "
-            "packed sequences (position_ids that start again within a row) are not supported"
+            "packed sequences (position_ids that start again within a row) are not supported. Under torch.compile pass an "
+            "attention_mask, if only of ones: Transformers cannot see there whether sequences are packed"
         )
     seq_len = q_offset + q_length
     if attention_mask is not None and attention_mask.shape != (batch_size, seq_len):
@@ -150,11 +151,14 @@ def sparsek_mask(
     if attention_mask is None:
         return None
     exists = attention_mask[:, q_offset:].to(torch.bool)
-    if exists.all():
+    # What a compiled graph cannot ask: whether there is any padding, and whether it is where it is to go.
+    can_look = not torch.compiler.is_compiling()
+    if can_look and exists.all():
         return None
     to_front = torch.argsort(~exists, dim=-1, stable=True)
     lengths = exists.sum(dim=-1, dtype=torch.int32)
-    if torch.equal(to_front, torch.arange(q_length, device=exists.device).expand_as(to_front)):
+    in_place = torch.arange(q_length, device=exists.device).expand_as(to_front)
+    if can_look and torch.equal(to_front, in_place):
         return Padding(lengths, None, None)
     return Padding(lengths, to_front, torch.argsort(to_front, dim=-1))
 
