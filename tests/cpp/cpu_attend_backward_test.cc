@@ -285,6 +285,38 @@ TEST(AttendBackward, ForeignSelection) {
   expect_close(DataType::kFloat32, ours, reference);
 }
 
+TEST(AttendBackward, WrongCalls) {
+  Problem const problem(case_named("c16_softmax"), DataType::kFloat32);
+  auto const message_of = [&](auto const& change) -> std::string {
+    Gradients g{problem.data.q, problem.data.k, problem.data.v,
+                Tensor<3>(DataType::kFloat32, problem.data.scores.shape())};
+    ConstSelectionView selection = problem.view();
+    ConstTensorView<4> dout = problem.dout.view();
+    TensorView<4> dq = g.dq.view(), dk = g.dk.view();
+    TensorView<3> dscores = g.dscores.view();
+    change(selection, dout, dq, dk, dscores);
+    try {
+      attend_backward(cpu_context(), problem.data.q.view(), problem.data.k.view(),
+                      problem.data.v.view(), problem.data.scores.view(), selection, std::nullopt,
+                      problem.c.attend(), problem.out.view(), problem.lse.view(), dout, dq, dk,
+                      g.dv.view(), dscores);
+    } catch (InvalidArgument const& error) {
+      return error.what();
+    }
+    return "no error";
+  };
+  EXPECT_EQ(message_of([](auto& selection, auto&...) { selection.last_candidate.reset(); }),
+            "last_candidate: expected the selection's, which dscores needs, got none");
+  EXPECT_EQ(message_of([](auto&, auto& dout, auto&...) { dout.dtype = DataType::kFloat16; }),
+            "dout: expected dtype float32, got float16");
+  EXPECT_EQ(message_of([](auto&, auto&, auto& dq, auto&...) { dq.shape[2] = 512; }),
+            "dq: expected shape [B, Hq, Sq, D] = [1, 2, 513, 64], got [1, 2, 512, 64]");
+  EXPECT_EQ(message_of([](auto&, auto&, auto&, auto& dk, auto&) { dk.stride[1] = 0; }),
+            "dk: expected an output whose elements do not overlap, got strides [65664, 0, 64, 1]");
+  EXPECT_EQ(message_of([](auto&, auto&, auto&, auto&, auto& dscores) { dscores.stride[2] = 2; }),
+            "dscores: expected contiguous strides [1026, 513, 1], got [1026, 513, 2]");
+}
+
 // Keys without queries: nothing but zeros.
 TEST(AttendBackward, NoQueries) {
   Case const c{"none",         2,        2,      1,     0, 40, 8, {4, 4, 16, std::nullopt},
