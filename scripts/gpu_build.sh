@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Builds what a machine with a Hopper GPU needs to check and time the CUDA code, on a machine that may have none:
-# sparsek_cuda_check, sparsek_cuda_bench and the static libraries that scripts/gpu_python.sh links the Python extension
-# with. The result lies in .carry/gpu, stripped. SPARSEK_CUDA_ARCHITECTURES names other architectures than 90a,
-# SPARSEK_CMAKE_ARGS adds arguments to CMake's, JOBS limits the compilers that run at once.
+# the programs sparsek_cuda_* and the static libraries that scripts/gpu_python.sh links the Python extension with. The
+# result lies in SPARSEK_GPU_DIR (.carry/gpu), stripped; SPARSEK_GPU_BUILD names the build folder (build/gpu),
+# SPARSEK_CUDA_ARCHITECTURES other architectures than 90a, SPARSEK_CMAKE_ARGS arguments for CMake, JOBS limits the
+# compilers that run at once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH:/usr/local/cuda/bin"
@@ -12,7 +13,7 @@ if ! command -v nvcc >/dev/null; then
   exit 1
 fi
 
-build=build/gpu out=.carry/gpu log=build/gpu.log
+build=${SPARSEK_GPU_BUILD:-build/gpu} out=${SPARSEK_GPU_DIR:-.carry/gpu} log=${SPARSEK_GPU_BUILD:-build/gpu}.log
 options=(-DCMAKE_BUILD_TYPE=Release -DSPARSEK_CUDA=on -DSPARSEK_BUILD_TESTS=ON -DSPARSEK_BUILD_BENCHMARKS=ON
   "-DSPARSEK_CUDA_ARCHITECTURES=${SPARSEK_CUDA_ARCHITECTURES:-90a}")
 if command -v ccache >/dev/null; then
@@ -22,7 +23,7 @@ mkdir -p build "$out"
 
 # shellcheck disable=SC2086  # SPARSEK_CMAKE_ARGS is a list of words
 if ! { cmake -S . -B "$build" -G Ninja "${options[@]}" ${SPARSEK_CMAKE_ARGS:-} &&
-  cmake --build "$build" ${JOBS:+-j "$JOBS"} --target sparsek sparsek_cuda_check sparsek_cuda_bench; } >"$log" 2>&1; then
+  cmake --build "$build" ${JOBS:+-j "$JOBS"} --target sparsek sparsek_gpu_programs; } >"$log" 2>&1; then
   grep -a -m 20 -E '(error|undefined reference)' "$log" >&2 || true
   tail -n 20 "$log" >&2
   echo "gpu_build: failed; the whole log is in $log" >&2
@@ -31,7 +32,7 @@ fi
 
 # The runtime that the library was compiled for, beside it.
 cudart=$(sed -n 's/^CUDA_cudart_static_LIBRARY:[A-Z]*=//p' "$build/CMakeCache.txt")
-cp "$build/libsparsek.a" "$cudart" "$build/tests/cpp/sparsek_cuda_check" "$build/benchmarks/sparsek_cuda_bench" "$out"
+cp "$build/libsparsek.a" "$cudart" "$build"/tests/cpp/sparsek_cuda_* "$build"/benchmarks/sparsek_cuda_* "$out"
 strip --strip-debug "$out"/*.a
-strip "$out/sparsek_cuda_check" "$out/sparsek_cuda_bench"
+strip "$out"/sparsek_cuda_*
 du -sh "$out"
