@@ -14,8 +14,6 @@
 namespace sparsek {
 namespace {
 
-constexpr char const* kNoCudaBackward = "attend_backward: no CUDA kernel yet; supported: CPU";
-
 enum class Target { kReference, kCpu, kCuda };
 
 Target target_of(Context const& context) {
@@ -67,15 +65,9 @@ void run_attend(Context const& context, AttendProblem const& p) {
 void run_attend_backward(Context const& context, AttendBackwardProblem const& p) {
   // Without queries there are still gradients of keys to clear.
   if (p.forward.batch == 0 || p.forward.num_kv_heads == 0) return;
-  switch (target_of(context)) {
-    case Target::kReference:
-      return reference::attend_backward(p);
-    case Target::kCpu:
-      return cpu::attend_backward(context, p);
-    case Target::kCuda:
-      break;
-  }
-  throw Unsupported(kNoCudaBackward);
+  dispatch(
+      context, [&] { reference::attend_backward(p); }, [&] { cpu::attend_backward(context, p); },
+      SPARSEK_CUDA_CALL(attend_backward(context, p)));
 }
 
 void run_score(Context const& context, ScoreProblem const& p) {
@@ -111,6 +103,24 @@ AttendProblem shape_only_problem(Context const& context, DataType dtype,
   return make_attend_problem(context, view(dtype, q_shape), view(dtype, k_shape),
                              view(dtype, k_shape), scores, selection, std::nullopt, options,
                              view(dtype, q_shape), std::nullopt);
+}
+
+// The backward of such a problem. dscores are taken to be wanted where there are gates: that takes
+// the most workspace.
+AttendBackwardProblem shape_only_backward(AttendProblem const& forward) {
+  static std::byte somewhere[kWorkspaceAlignment]{};
+  AttendBackwardProblem p{};
+  p.forward = forward;
+  p.forward.lse = somewhere;
+  p.dout = p.dq = p.dk = p.dv = somewhere;
+  p.stride_dout_batch = p.stride_dq_batch = forward.stride_q_batch;
+  p.stride_dout_head = p.stride_dq_head = forward.stride_q_head;
+  p.stride_dout_position = p.stride_dq_position = forward.stride_q_position;
+  p.stride_dk_batch = p.stride_dv_batch = forward.stride_k_batch;
+  p.stride_dk_head = p.stride_dv_head = forward.stride_k_head;
+  p.stride_dk_position = p.stride_dv_position = forward.stride_k_position;
+  if (forward.gate != Gate::kNone) p.dscores = somewhere;
+  return p;
 }
 
 }  // namespace
@@ -283,15 +293,47 @@ std::size_t select_varlen_workspace_bytes(Context const& context, std::int64_t n
   return select_workspace_of(context, p);
 }
 
-std::size_t attend_workspace_bytes(Context const& context, DataType dtype,
-                                   std::array<std::int64_t, 4> const& q_shape,
-                                   std::array<std::int64_t, 4> const& k_shape,
-                                   AttendOptions const& options) {
-  AttendProblem const p = shape_only_problem(context, dtype, q_shape, k_shape, options);
+namespace {
+
+// Of packed sequences of these total shapes.
+AttendProblem shape_only_packed(Context const& context, DataType dtype, std::int64_t num_sequences,
+                                std::array<std::int64_t, 3> const& q_shape,
+                                std::array<std::int64_t, 3> const& k_shape,
+                                AttendOptions const& options) {
+  static std::int32_t const packed = 0;
+  AttendProblem p = shape_only_problem(context, dtype, {1, q_shape[1], q_shape[0], q_shape[2]},
+                                       {1, k_shape[1], k_shape[0], k_shape[2]}, options);
+  p.batch = num_sequences;
+  p.num_chunks = p.seq_len_k / p.chunk_size + num_sequences;
+  p.cu_seqlens_q = p.cu_seqlens_k = &packed;  // only whether they are there counts
+  return p;
+}
+
+std::size_t attend_workspace_of([[maybe_unused]] Context const& context,
+                                [[maybe_unused]] AttendProblem const& p) {
   if (context.device.type == DeviceType::kCpu) return 0;
   return dispatch(
       context, [] { return std::size_t{0}; }, [] { return std::size_t{0}; },
       SPARSEK_CUDA_CALL(attend_workspace(context, p)));
+}
+
+std::size_t attend_backward_workspace_of([[maybe_unused]] Context const& context,
+                                         [[maybe_unused]] AttendBackwardProblem const& p) {
+  if (context.device.type == DeviceType::kCpu) return 0;
+  if (p.forward.batch == 0 || p.forward.num_kv_heads == 0) return 0;
+  return dispatch(
+      context, [] { return std::size_t{0}; }, [] { return std::size_t{0}; },
+      SPARSEK_CUDA_CALL(attend_backward_workspace(context, p)));
+}
+
+}  // namespace
+
+std::size_t attend_workspace_bytes(Context const& context, DataType dtype,
+                                   std::array<std::int64_t, 4> const& q_shape,
+                                   std::array<std::int64_t, 4> const& k_shape,
+                                   AttendOptions const& options) {
+  return attend_workspace_of(context,
+                             shape_only_problem(context, dtype, q_shape, k_shape, options));
 }
 
 std::size_t attend_varlen_workspace_bytes(Context const& context, DataType dtype,
@@ -299,53 +341,78 @@ std::size_t attend_varlen_workspace_bytes(Context const& context, DataType dtype
                                           std::array<std::int64_t, 3> const& q_shape,
                                           std::array<std::int64_t, 3> const& k_shape,
                                           AttendOptions const& options) {
-  static std::int32_t const packed = 0;
-  AttendProblem p = shape_only_problem(context, dtype, {1, q_shape[1], q_shape[0], q_shape[2]},
-                                       {1, k_shape[1], k_shape[0], k_shape[2]}, options);
-  p.batch = num_sequences;
-  p.num_chunks = p.seq_len_k / p.chunk_size + num_sequences;
-  p.cu_seqlens_q = p.cu_seqlens_k = &packed;  // only whether they are there counts
-  if (context.device.type == DeviceType::kCpu) return 0;
-  return dispatch(
-      context, [] { return std::size_t{0}; }, [] { return std::size_t{0}; },
-      SPARSEK_CUDA_CALL(attend_workspace(context, p)));
+  return attend_workspace_of(
+      context, shape_only_packed(context, dtype, num_sequences, q_shape, k_shape, options));
+}
+
+std::size_t attend_backward_workspace_bytes(Context const& context, DataType dtype,
+                                            std::array<std::int64_t, 4> const& q_shape,
+                                            std::array<std::int64_t, 4> const& k_shape,
+                                            AttendOptions const& options) {
+  return attend_backward_workspace_of(
+      context, shape_only_backward(shape_only_problem(context, dtype, q_shape, k_shape, options)));
+}
+
+std::size_t attend_backward_varlen_workspace_bytes(Context const& context, DataType dtype,
+                                                   std::int64_t num_sequences,
+                                                   std::array<std::int64_t, 3> const& q_shape,
+                                                   std::array<std::int64_t, 3> const& k_shape,
+                                                   AttendOptions const& options) {
+  return attend_backward_workspace_of(
+      context, shape_only_backward(
+                   shape_only_packed(context, dtype, num_sequences, q_shape, k_shape, options)));
 }
 
 // --- capability
 // ------------------------------------------------------------------------------------------------------
 
-Capability attend_capability(Context const& context, DataType dtype,
-                             std::array<std::int64_t, 4> const& q_shape,
-                             std::array<std::int64_t, 4> const& k_shape,
-                             AttendOptions const& options) {
+namespace {
+
+// `cuda_kernel(problem, reason)` names the CUDA kernel or, if none, gives the reason.
+template <typename CudaKernel>
+Capability capability_of(Context const& context, DataType dtype,
+                         std::array<std::int64_t, 4> const& q_shape,
+                         std::array<std::int64_t, 4> const& k_shape, AttendOptions const& options,
+                         [[maybe_unused]] CudaKernel const& cuda_kernel) {
   try {
-    [[maybe_unused]] AttendProblem const p =
-        shape_only_problem(context, dtype, q_shape, k_shape, options);
+    AttendProblem const p = shape_only_problem(context, dtype, q_shape, k_shape, options);
     return dispatch(
         context, [] { return Capability{true, "reference", ""}; },
         [] { return Capability{true, "cpu/" + cpu_isa(), ""}; },
-        [&]() -> Capability {
-#if SPARSEK_WITH_CUDA
+        [&] {
           Capability c;
-          c.kernel = cuda::attend_kernel_name(context, p, &c.reason);
+          c.kernel = cuda_kernel(p, &c.reason);
           c.supported = !c.kernel.empty();
           return c;
-#else
-          return {};
-#endif
         });
   } catch (Error const& e) {
     return {false, "", e.what()};
   }
 }
 
+}  // namespace
+
+Capability attend_capability(Context const& context, DataType dtype,
+                             std::array<std::int64_t, 4> const& q_shape,
+                             std::array<std::int64_t, 4> const& k_shape,
+                             AttendOptions const& options) {
+  return capability_of(
+      context, dtype, q_shape, k_shape, options,
+      [&]([[maybe_unused]] AttendProblem const& p, [[maybe_unused]] std::string* reason) {
+        return SPARSEK_CUDA_CALL(attend_kernel_name(context, p, reason))();
+      });
+}
+
 Capability attend_backward_capability(Context const& context, DataType dtype,
                                       std::array<std::int64_t, 4> const& q_shape,
                                       std::array<std::int64_t, 4> const& k_shape,
                                       AttendOptions const& options) {
-  Capability const forward = attend_capability(context, dtype, q_shape, k_shape, options);
-  if (!forward.supported || context.device.type == DeviceType::kCpu) return forward;
-  return {false, "", kNoCudaBackward};
+  return capability_of(
+      context, dtype, q_shape, k_shape, options,
+      [&]([[maybe_unused]] AttendProblem const& p, [[maybe_unused]] std::string* reason) {
+        return SPARSEK_CUDA_CALL(
+            attend_backward_kernel_name(context, shape_only_backward(p), reason))();
+      });
 }
 
 bool built_with_cuda() { return SPARSEK_WITH_CUDA; }

@@ -144,6 +144,10 @@ std::size_t attend_workspace(Context const&, AttendProblem const&);
 // then `reason` says what is missing. A kernel other than the fastest is named with the reason why
 // the faster one does not apply.
 std::string attend_kernel_name(Context const&, AttendProblem const&, std::string* reason);
+void attend_backward(Context const&, AttendBackwardProblem const&);
+std::size_t attend_backward_workspace(Context const&, AttendBackwardProblem const&);
+std::string attend_backward_kernel_name(Context const&, AttendBackwardProblem const&,
+                                        std::string* reason);
 }  // namespace cuda
 
 }  // namespace sparsek

@@ -1,5 +1,8 @@
 // Stage 4, attend_backward: exact gradients of attend in q, k, v and the scores.
 #pragma once
+#include <array>
+#include <cstddef>
+#include <cstdint>
 #include <optional>
 
 #include "sparsek/attend.hpp"
@@ -33,6 +36,12 @@ void attend_backward(Context const& context, ConstTensorView<4> const& q,
                      TensorView<4> const& dk, TensorView<4> const& dv,
                      std::optional<TensorView<3>> const& dscores);
 
+// Bytes that attend_backward takes from the context's allocator for this problem, dscores included.
+std::size_t attend_backward_workspace_bytes(Context const& context, DataType dtype,
+                                            std::array<std::int64_t, 4> const& q_shape,
+                                            std::array<std::int64_t, 4> const& k_shape,
+                                            AttendOptions const& options);
+
 // The gradients of attend_varlen: equals one attend_backward per sequence. Tensors as attend_varlen
 // takes them.
 //
@@ -48,5 +57,12 @@ void attend_backward_varlen(Context const& context, ConstTensorView<3> const& q,
                             ConstTensorView<3> const& dout, TensorView<3> const& dq,
                             TensorView<3> const& dk, TensorView<3> const& dv,
                             std::optional<TensorView<2>> const& dscores);
+
+// q_shape [total_q, Hq, D], k_shape [total_k, Hkv, D].
+std::size_t attend_backward_varlen_workspace_bytes(Context const& context, DataType dtype,
+                                                   std::int64_t num_sequences,
+                                                   std::array<std::int64_t, 3> const& q_shape,
+                                                   std::array<std::int64_t, 3> const& k_shape,
+                                                   AttendOptions const& options);
 
 }  // namespace sparsek

@@ -1,8 +1,10 @@
 // The CUDA backend as problem.hpp declares it: the right device, the choice of kernel, then the
 // kernel.
-#include <algorithm>
+#include <iterator>
+#include <span>
 #include <string>
 
+#include "cuda/kernel_choice.hpp"
 #include "cuda/portable/score/key_norm.hpp"
 #include "cuda/portable/select/select.hpp"
 #include "cuda/runtime.hpp"
@@ -21,17 +23,10 @@
 namespace sparsek::cuda {
 namespace {
 
-// One attention kernel, as the choice between them sees it.
-struct AttendKernel {
-  char const* name;
-  Backend backend;  // kPortable or kSm90
-  bool (*supported)(AttendProblem const&, std::string* reason);
-  std::size_t (*workspace)(Context const&, AttendProblem const&);
-  void (*run)(Context const&, AttendProblem const&);
-};
+using AttendKernel = StageKernel<AttendProblem, void(Context const&, AttendProblem const&)>;
 
 // Fastest first.
-constexpr AttendKernel kAttendKernels[] = {
+constexpr AttendKernel kAttendList[] = {
 #if SPARSEK_WITH_SM90_ATTEND
     {"sm90/resident", Backend::kSm90, sm90::attend_supported, sm90::attend_workspace, sm90::attend},
 #endif
@@ -43,53 +38,8 @@ constexpr AttendKernel kAttendKernels[] = {
     {"portable/mma", Backend::kPortable, portable::attend_supported, portable::attend_workspace,
      portable::attend},
 #endif
-    {nullptr, Backend::kAuto, nullptr, nullptr, nullptr}};  // the list may be empty otherwise
-
-bool is_candidate(Context const& context, AttendKernel const& kernel) {
-  return kernel.name && (context.backend == Backend::kAuto || context.backend == kernel.backend);
-}
-
-std::string architecture_name(int compute_capability) {
-  return "sm_" + std::to_string(compute_capability);
-}
-
-// The kernel that serves the problem, or null. `reason` collects why faster ones, or all, do not.
-AttendKernel const* choose_attend(Context const& context, AttendProblem const& p,
-                                  std::string* reason) {
-  int const architecture = properties_of(context.device).compute_capability;
-  std::string reasons;
-  auto const add = [&](std::string const& kernel, std::string const& why) {
-    reasons += (reasons.empty() ? "" : "; ") + kernel + ": " + why;
-  };
-  AttendKernel const* chosen = nullptr;
-  for (AttendKernel const& kernel : kAttendKernels) {
-    if (!is_candidate(context, kernel)) continue;
-    std::string why;
-    if (kernel.backend == Backend::kSm90 && architecture != 90) {
-      why = "needs an sm_90 device, this one is " + architecture_name(architecture);
-    } else if (architecture < 80) {
-      why = "needs sm_80 or later, this device is " + architecture_name(architecture);
-    } else if (kernel.supported(p, &why)) {
-      chosen = &kernel;
-      break;
-    }
-    add(kernel.name, why);
-  }
-  if (!chosen && reasons.empty()) {
-    reasons = context.backend == Backend::kSm90
-                  ? "this build has no Hopper kernels (90a is not among its architectures)"
-                  : "backend: expected auto, portable or sm90 on a CUDA device";
-  }
-  if (reason) *reason = reasons;
-  return chosen;
-}
-
-AttendKernel const& require_attend(Context const& context, AttendProblem const& p) {
-  std::string reason;
-  AttendKernel const* const kernel = choose_attend(context, p, &reason);
-  if (!kernel) throw Unsupported("attend: no CUDA kernel serves this call (" + reason + ")");
-  return *kernel;
-}
+    {nullptr, Backend::kAuto, nullptr, nullptr, nullptr}};  // an array has at least one element
+constexpr std::span<AttendKernel const> kAttendKernels(kAttendList, std::size(kAttendList) - 1);
 
 void require_float32_scores(DataType dtype, char const* stage) {
   if (dtype == DataType::kFloat32) return;
@@ -116,29 +66,20 @@ std::size_t select_workspace(Context const& context, SelectProblem const& p) {
 }
 
 void attend(Context const& context, AttendProblem const& p) {
-  AttendKernel const& kernel = require_attend(context, p);
+  AttendKernel const& kernel = require_kernel(context, "attend", kAttendKernels, p);
   DeviceGuard const guard(context.device);
   kernel.run(context, p);
 }
 
-// NOTE: the question knows shapes only. Tensors whose rows are not aligned may meet another kernel
-// at run time than the one that serves aligned ones, so the answer is the most that any candidate
-// takes.
 std::size_t attend_workspace(Context const& context, AttendProblem const& p) {
-  require_attend(context, p);
+  require_kernel(context, "attend", kAttendKernels, p);
   DeviceGuard const guard(context.device);
-  std::size_t bytes = 0;
-  for (AttendKernel const& kernel : kAttendKernels) {
-    if (is_candidate(context, kernel) && kernel.supported(p, nullptr)) {
-      bytes = std::max(bytes, kernel.workspace(context, p));
-    }
-  }
-  return bytes;
+  return largest_workspace(context, kAttendKernels, p);
 }
 
 std::string attend_kernel_name(Context const& context, AttendProblem const& p,
                                std::string* reason) {
-  AttendKernel const* const kernel = choose_attend(context, p, reason);
+  AttendKernel const* const kernel = choose_kernel(context, kAttendKernels, p, reason);
   return kernel ? kernel->name : "";
 }
 
