@@ -10,7 +10,9 @@ namespace sparsek::cuda::sm90 {
 
 inline constexpr int kProducerBarrier = 5;  // named barrier of the producer warpgroup
 
-template <int kDim, Mode kMode>
+// kClearKeys: rows of K beyond a sequence's end are zeroed like those of V (the backward multiplies
+// weights of 0 with them).
+template <int kDim, Mode kMode, bool kClearKeys = false>
 class Producer {
   using L = Layout<kDim, kMode>;
   static constexpr int kBlocks = L::kMaxBlocks;
@@ -132,10 +134,16 @@ class Producer {
   __device__ __forceinline__ void fill_window(Cursor const& c, int tile) {
     // Beyond the sequence lie other sequences' keys, or memory that must not be used: such rows of
     // V are zeroed (their weight is 0, and 0 * NaN is not). Beyond the tensor the copy engine does
-    // that itself. Rows of K need no care: their scores are masked.
+    // that itself. Rows of K need no care in the forward: their scores are masked.
     bool const partial = (p_.lengths || p_.cu_seqlens_k) && (tile + 1) * kTile > c.tiles.valid;
     int const position = c.tiles.first_k + tile * kTile;
-    if (tid_ == 0) {
+    if (kClearKeys && partial) {
+      if (fills_window_) mbarrier_wait_empty(kEmptyWindowK, fills_window_);
+      copy_partial_block(L::kWindowK, p_.k_rows, p_.stride_k_batch, p_.stride_k_head,
+                         p_.stride_k_position, tile, c);
+      device::named_barrier_sync(kProducerBarrier, 128);
+      if (tid_ == 0) device::mbarrier_arrive(barrier(kFullWindowK));
+    } else if (tid_ == 0) {
       if (fills_window_) mbarrier_wait_empty(kEmptyWindowK, fills_window_);
       load_block(&p_.k, kFullWindowK, L::kWindowK, position, c);
     }
@@ -154,17 +162,8 @@ class Producer {
             static_cast<std::uint16_t>(min(max(seen_until - tile * kTile, 0), 2 * kTile));
       }
       if (partial) {
-        constexpr int kChunks = kDim / 8;  // of 16 bytes in a row
-        char const* const rows = p_.v_rows + batch_coordinate(c) * p_.stride_v_batch +
-                                 c.kv_head * p_.stride_v_head + position * p_.stride_v_position;
-        for (int i = tid_; i < kTile * kChunks; i += 128) {
-          int const r = i / kChunks, chunk = i % kChunks;
-          bool const valid = tile * kTile + r < c.tiles.valid && chunk * 8 < p_.head_dim;
-          device::cp_async_16(chunk_address(L::kWindowV, r, chunk),
-                              valid ? rows + r * p_.stride_v_position + chunk * 16 : rows, valid);
-        }
-        device::cp_async_wait_all();
-        device::fence_async_proxy();
+        copy_partial_block(L::kWindowV, p_.v_rows, p_.stride_v_batch, p_.stride_v_head,
+                           p_.stride_v_position, tile, c);
       }
       device::named_barrier_sync(kProducerBarrier, 128);
       if (tid_ == 0) {
@@ -179,6 +178,25 @@ class Producer {
     }
     ++fills_window_;
     __syncwarp();
+  }
+
+  // A tile of K or V row by row, zeros where the sequence has no key.
+  __device__ __forceinline__ void copy_partial_block(int base, char const* rows,
+                                                     std::int64_t stride_batch,
+                                                     std::int64_t stride_head,
+                                                     std::int64_t stride_position, int tile,
+                                                     Cursor const& c) const {
+    constexpr int kChunks = kDim / 8;  // of 16 bytes in a row
+    rows += batch_coordinate(c) * stride_batch + c.kv_head * stride_head +
+            (c.tiles.first_k + tile * kTile) * stride_position;
+    for (int i = tid_; i < kTile * kChunks; i += 128) {
+      int const r = i / kChunks, chunk = i % kChunks;
+      bool const valid = tile * kTile + r < c.tiles.valid && chunk * 8 < p_.head_dim;
+      device::cp_async_16(chunk_address(base, r, chunk),
+                          valid ? rows + r * stride_position + chunk * 16 : rows, valid);
+    }
+    device::cp_async_wait_all();
+    device::fence_async_proxy();
   }
 
   __device__ __forceinline__ void load_block(CUtensorMap const* map, int full, int base,
