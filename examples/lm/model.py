@@ -9,6 +9,7 @@ The three have the same parameters with the same names and initial values; Spars
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,10 @@ import torch.nn.functional as F
 from blackwell_sparsek import SparseKAttention, attention_forward
 from blackwell_sparsek.modules import apply_rotary
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 ATTENTIONS = ("dense", "window", "sparsek")
+WINDOW_KERNELS = ("sparsek", "flex")
 VOCABULARY_SIZE = 256  # bytes
 
 
@@ -34,6 +37,7 @@ class ModelConfig:
     gate: str = "softmax"
     rope_theta: float = 10_000.0
     backend: str | None = None
+    window_kernel: str = "sparsek"  # of the window variant; flex: FlexAttention, on a GPU
 
     @property
     def mlp_size(self) -> int:
@@ -64,7 +68,8 @@ class DenseAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        enable_gqa = self.config.num_heads != self.config.num_kv_heads
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
 
 
 class WindowAttention(DenseAttention):
@@ -82,11 +87,41 @@ class WindowAttention(DenseAttention):
         )
 
 
+# Compiled on first use; FlexAttention that is not compiled makes the whole matrix of logits.
+_compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
+
+
+class FlexWindowAttention(DenseAttention):
+    """The keys of WindowAttention through FlexAttention. Its mask has to be set for the sequence length first."""
+
+    mask: BlockMask | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        enable_gqa = self.config.num_heads != self.config.num_kv_heads
+        return _compiled_flex_attention(q, k, v, block_mask=self.mask, enable_gqa=enable_gqa)
+
+
+def window_mask(config: ModelConfig, seq_len: int, device: torch.device | str) -> BlockMask:
+    """Which keys a query of the window variant sees."""
+    window, chunk_size = config.num_selected + config.window, config.chunk_size
+
+    def sees(_batch, _head, query, key):
+        return (key <= query) & (key >= query // chunk_size * chunk_size - window)
+
+    return create_block_mask(sees, B=None, H=None, Q_LEN=seq_len, KV_LEN=seq_len, device=device)
+
+
 def make_attention(config: ModelConfig) -> nn.Module:
     if config.attention == "dense":
         return DenseAttention(config)
     if config.attention == "window":
-        return WindowAttention(config)
+        if config.window_kernel not in WINDOW_KERNELS:
+            raise ValueError(
+                f"window_kernel: expected one of {', '.join(WINDOW_KERNELS)}, got {config.window_kernel!r}"
+            )
+        return {"sparsek": WindowAttention, "flex": FlexWindowAttention}[config.window_kernel](
+            config
+        )
     if config.attention == "sparsek":
         return SparseKAttention(
             config.hidden_size,
@@ -156,11 +191,20 @@ class LanguageModel(nn.Module):
             nn.init.normal_(module.weight, std=std, generator=generator)
         nn.init.zeros_(self.head.weight)  # the first guess is uniform over bytes
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, blocks: Sequence | None = None) -> Tensor:
+        """``blocks``: what to call instead of the model's own blocks, for example the same ones compiled."""
         x = self.embedding(tokens)
-        for block in self.blocks:
+        for block in self.blocks if blocks is None else blocks:
             x = block(x)
         return self.head(self.norm(x))
+
+    def set_seq_len(self, seq_len: int) -> None:
+        """Prepares what depends on the length of the sequences: FlexAttention's mask, one for all layers."""
+        layers = [b.attention for b in self.blocks if isinstance(b.attention, FlexWindowAttention)]
+        if layers:
+            mask = window_mask(self.config, seq_len, self.head.weight.device)
+            for layer in layers:
+                layer.mask = mask
 
     def sparse_layers(self) -> list[SparseKAttention]:
         return [block.attention for block in self.blocks if self.config.attention == "sparsek"]

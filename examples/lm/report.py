@@ -27,6 +27,7 @@ def result_of(state: State, corpus: Corpus) -> dict:
         "valid_loss_late": last["loss_late"],
         "tokens_per_second": last["tokens_per_second"],
         "train_seconds": state.seconds,
+        "compile_seconds": state.compile_seconds,
         "peak_memory_mib": peak_memory_mib(state.config.device),
         "model_config": asdict(state.model.config),
         "train_config": asdict(state.config),
@@ -34,6 +35,27 @@ def result_of(state: State, corpus: Corpus) -> dict:
         "machine": describe(state.config.device),
         "log": state.log,
     }
+
+
+def require_comparable(results: list[dict]) -> None:
+    """ValueError unless the runs differ in nothing but their attention."""
+
+    def common_of(result: dict) -> dict:
+        model = {**result["model_config"], "attention": None}
+        return {
+            "model_config": model,
+            "train_config": result["train_config"],
+            "corpus": result["corpus"],
+        }
+
+    first = common_of(results[0])
+    for result in results[1:]:
+        for name, value in common_of(result).items():
+            if value != first[name]:
+                raise ValueError(
+                    f"{name}: expected that of {results[0]['attention']}, {first[name]}, got {value} with "
+                    f"{result['attention']}"
+                )
 
 
 def write_json(path: Path, content: object) -> None:

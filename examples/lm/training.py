@@ -74,12 +74,14 @@ class State:
     optimizer: torch.optim.Optimizer
     config: TrainConfig
     step: int = 0
-    seconds: float = 0.0  # of training, evaluations excluded
+    seconds: float = 0.0  # of training; compilation and evaluations excluded
+    compile_seconds: float = 0.0
     log: list[dict] = field(default_factory=list)
 
 
 def make_state(model_config: ModelConfig, config: TrainConfig) -> State:
     model = LanguageModel(model_config, config.seed).to(config.device)
+    model.set_seq_len(config.seq_len)
     return State(model, make_optimizer(model, config), config)
 
 
@@ -107,48 +109,91 @@ def train(
 ) -> None:
     """Trains up to ``config.steps``, or up to ``stop_at`` as an interruption would.
 
-    ``report`` is called after each step. Checkpoints are saved at each evaluation, at the end and on Ctrl-C.
+    ``report`` is called after each step; ``state.log`` has grown where the step was evaluated. Checkpoints are saved at each
+    evaluation, at the end and on Ctrl-C or SIGTERM, which end the run after an evaluation.
     """
-    config, model = state.config, state.model
-    forward = torch.compile(model) if config.compile else model
+    config = state.config
+    corpus.to(config.device)
     if not state.log:
         anneal(state)
         record(state, corpus, math.nan)
+    forward = compiled(state, corpus) if config.compile else state.model
     losses: list[Tensor] = []
     last_step = config.steps if stop_at is None else min(stop_at, config.steps)
     with interruptible() as interrupted:
+        clock = Clock(state)
         while state.step < last_step and not interrupted.is_set():
             anneal(state)
-            begin = time.perf_counter()
             losses.append(train_step(state, forward, corpus))
-            synchronize(config.device)
-            state.seconds += time.perf_counter() - begin
             state.step += 1
-            if state.step % config.eval_every == 0 or state.step == config.steps:
-                record(state, corpus, float(torch.stack(losses).mean()))
-                losses.clear()
-                if save_to is not None:
-                    save_checkpoint(save_to, state, corpus)
+            clock.tick()
+            is_last = state.step == config.steps or interrupted.is_set()
+            if state.step % config.eval_every == 0 or is_last:
+                with clock.stopped():
+                    record(state, corpus, float(torch.stack(losses).mean()))
+                    losses.clear()
+                    if save_to is not None:
+                        save_checkpoint(save_to, state, corpus)
             report(state)
     if save_to is not None:
         save_checkpoint(save_to, state, corpus)
 
 
+class Clock:
+    """Counts ``state.seconds``. It waits for the device only where it is stopped: a step does not end with a wait."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self._start()
+
+    def tick(self) -> None:
+        self.state.seconds = time.perf_counter() - self.begin
+
+    @contextlib.contextmanager
+    def stopped(self):
+        synchronize(self.state.config.device)
+        self.tick()
+        yield
+        self._start()
+
+    def _start(self) -> None:
+        synchronize(self.state.config.device)
+        self.begin = time.perf_counter() - self.state.seconds
+
+
+def compiled(state: State, corpus: Corpus) -> Callable:
+    """The model's forward with its blocks compiled, which was called once, so that no step has to wait for the compiler.
+
+    The blocks are alike and share one compilation. Each num_selected compiles anew.
+    """
+    begin = time.perf_counter()
+    blocks = [torch.compile(block, dynamic=False) for block in state.model.blocks]
+    forward = partial(state.model, blocks=blocks)
+    anneal(state)
+    loss_of_batch(state, forward, corpus).backward()
+    state.optimizer.zero_grad(set_to_none=True)
+    synchronize(state.config.device)
+    state.compile_seconds += time.perf_counter() - begin
+    return forward
+
+
 @contextlib.contextmanager
 def interruptible():
-    """Ctrl-C sets the event that this yields, so that a step is finished first; a second one ends at once."""
+    """Ctrl-C and SIGTERM set the event that this yields, so that a step is finished first; a second one ends at once."""
     event = threading.Event()
-    previous = signal.getsignal(signal.SIGINT)
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def handle(_signal, _frame) -> None:
+    def handle(number, _frame) -> None:
         event.set()
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(number, previous[number])
 
-    signal.signal(signal.SIGINT, handle)
+    for number in previous:
+        signal.signal(number, handle)
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def anneal(state: State) -> None:
@@ -157,16 +202,21 @@ def anneal(state: State) -> None:
 
 
 def train_step(state: State, forward: Callable, corpus: Corpus) -> Tensor:
-    config = state.config
-    batch = corpus.train_batch(state.step, config.seed, config.batch_size, config.seq_len)
     for group in state.optimizer.param_groups:
-        group["lr"] = config.learning_rate_at(state.step)
-    loss = losses_of(forward, batch.to(config.device), config).mean()
+        group["lr"] = state.config.learning_rate_at(state.step)
+    loss = loss_of_batch(state, forward, corpus)
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm)
+    torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.config.clip_norm)
     state.optimizer.step()
     return loss.detach()
+
+
+def loss_of_batch(state: State, forward: Callable, corpus: Corpus) -> Tensor:
+    """Of the batch that belongs to the step."""
+    config = state.config
+    batch = corpus.train_batch(state.step, config.seed, config.batch_size, config.seq_len)
+    return losses_of(forward, batch, config).mean()
 
 
 def losses_of(forward: Callable, batch: Tensor, config: TrainConfig) -> Tensor:
@@ -200,7 +250,7 @@ def evaluate(state: State, corpus: Corpus) -> Evaluation:
     total = torch.zeros(config.seq_len, dtype=torch.float64)
     with GateSupport(state.model) as support:
         for batch in batches:
-            losses = losses_of(state.model, batch.to(config.device), config)
+            losses = losses_of(state.model, batch, config)
             total += losses.double().mean(dim=0).cpu()
     by_position = total / config.eval_batches
     buckets = by_position.tensor_split(NUM_POSITION_BUCKETS)
@@ -280,6 +330,25 @@ def peak_memory_mib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
+@torch.no_grad()
+def save_scores(path: Path, state: State, corpus: Corpus) -> None:
+    """Writes what the scorers say about the first validation batch: ``scores``, float32 [layers, B, Hkv, S]."""
+    config, layers = state.config, state.model.sparse_layers()
+    batch = next(corpus.valid_batches(config.eval_batches, config.batch_size, config.seq_len))
+    observed: list[Tensor] = []
+    hooks = [
+        layer.scorer.register_forward_hook(lambda _module, _inputs, out: observed.append(out))
+        for layer in layers
+    ]
+    try:
+        losses_of(state.model, batch, config)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"scores": torch.stack(observed).cpu(), "step": state.step}, path)
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
@@ -292,6 +361,7 @@ def save_checkpoint(path: Path, state: State, corpus: Corpus) -> None:
         "optimizer": state.optimizer.state_dict(),
         "step": state.step,
         "seconds": state.seconds,
+        "compile_seconds": state.compile_seconds,
         "log": state.log,
         "corpus": corpus.description,
     }
@@ -318,6 +388,7 @@ def resume(checkpoint: dict, corpus: Corpus) -> State:
     state.model.load_state_dict(checkpoint["model"])
     state.optimizer.load_state_dict(checkpoint["optimizer"])
     state.step, state.seconds = checkpoint["step"], checkpoint["seconds"]
+    state.compile_seconds = checkpoint["compile_seconds"]
     state.log = checkpoint["log"]
     return state
 

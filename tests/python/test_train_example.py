@@ -18,7 +18,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.append(str(EXAMPLES))
 
 from lm import data, training  # noqa: E402
-from lm.model import ATTENTIONS, LanguageModel, ModelConfig  # noqa: E402
+from lm.model import ATTENTIONS, LanguageModel, ModelConfig, make_attention, window_mask  # noqa: E402
 
 
 def load_example():
@@ -157,6 +157,76 @@ def test_compare(text, tmp_path):
     assert [r["attention"] for r in results] == list(ATTENTIONS)
     assert len({r["log"][0]["loss"] for r in results}) == 1
     assert (tmp_path / "compare.png").stat().st_size > 10_000
+
+
+def test_variants_trained_one_at_a_time_are_joined(text, tmp_path):
+    results = [train(text, tmp_path, "--attention", name) for name in ("dense", "sparsek")]
+    assert example.join(tmp_path) == results
+    assert json.loads((tmp_path / "compare.json").read_text()) == results
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    train(text, tmp_path, "--attention", "window", "--steps", "10")
+    with pytest.raises(ValueError, match="train_config: expected that of dense"):
+        example.join(tmp_path)
+    with pytest.raises(SystemExit, match="no results"):
+        example.join(tmp_path / "nothing")
+
+
+def test_scores_of_the_trained_model_are_saved(text, tmp_path):
+    saved = tmp_path / "scores.pt"
+    train(text, tmp_path, "--save-scores", str(saved))
+    content = torch.load(saved, weights_only=True)
+    assert content["step"] == 20
+    assert content["scores"].shape == (2, 2, 1, 64)  # layers, batch, KV heads, positions
+    assert content["scores"].dtype == torch.float32
+    assert content["scores"].std() > 0.1
+    with pytest.raises(SystemExit):
+        example.parse_arguments(["--attention", "dense", "--save-scores", str(saved)])
+
+
+def test_a_terminated_run_leaves_its_results(text, tmp_path):
+    """SIGTERM ends the run after the step, with an evaluation; what was there before it is in the file too."""
+    package = str(Path(bs.__file__).parents[1])
+    options = ["--preset", "tiny", "--steps", "100000", "--text", str(text), "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "02_train_lm.py"), *options],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        for line in process.stdout:
+            if "step 20:" in line:
+                break
+        partial = json.loads((tmp_path / "sparsek.json").read_text())
+        assert partial["log"][-1]["step"] >= 20
+        process.terminate()
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    result = json.loads((tmp_path / "sparsek.json").read_text())
+    assert partial["steps"] < result["steps"] < 100_000
+    assert result["log"][-1]["step"] == result["steps"]
+
+
+def test_compiled_blocks_learn_the_same(text, tmp_path):
+    plain = train(text, tmp_path, "--steps", "3")
+    compiled = train(text, tmp_path, "--steps", "3", "--compile")
+    assert compiled["compile_seconds"] > 0
+    assert compiled["valid_loss"] == pytest.approx(plain["valid_loss"], abs=1e-3)
+
+
+def test_window_mask_is_the_window_variants():
+    """FlexAttention's mask has the keys that this library's window kernel attends to."""
+    config = ModelConfig(attention="window", num_selected=5, window=6, chunk_size=4)
+    selection = bs.select(torch.zeros(1, 1, 50), num_selected=0, window=11, chunk_size=4)
+    position = torch.arange(50)
+    query, key = position[:, None], position[None, :]
+    expected = (key <= query) & (query < selection.expiry[0, 0][None, :])
+    actual = window_mask(config, 50, "cpu").mask_mod(0, 0, query, key)
+    assert torch.equal(actual, expected)
+    with pytest.raises(ValueError, match="window_kernel: expected one of sparsek, flex, got 'x'"):
+        make_attention(ModelConfig(attention="window", window_kernel="x"))
 
 
 # ---- data ----------------------------------------------------------------------------------------
