@@ -146,9 +146,24 @@ struct Outcome {
   }
 };
 
+// Workspace of exactly the bytes that the library asked for, filled with `byte`.
+class GuardedWorkspace {
+ public:
+  GuardedWorkspace(std::size_t bytes, int byte, std::size_t guard_bytes)
+      : buffer_(bytes, byte, guard_bytes), allocator_(buffer_.data(), bytes) {}
+  WorkspaceAllocator* allocator() { return &allocator_; }
+  bool intact() const { return buffer_.guards_intact(); }
+
+ private:
+  DeviceBuffer buffer_;
+  BufferAllocator allocator_;
+};
+
 template <std::size_t Rank>
 class RowOnGpu {
  public:
+  using Problem = CheckProblem<Rank>;
+
   RowOnGpu(CheckProblem<Rank> const& problem, CheckOptions const& options, cudaStream_t stream)
       : p_(problem),
         options_(options),
@@ -246,19 +261,6 @@ class RowOnGpu {
     }
     return false;
   }
-
-  // Workspace of exactly the bytes that the library asked for, filled with `byte`.
-  class GuardedWorkspace {
-   public:
-    GuardedWorkspace(std::size_t bytes, int byte, std::size_t guard_bytes)
-        : buffer_(bytes, byte, guard_bytes), allocator_(buffer_.data(), bytes) {}
-    WorkspaceAllocator* allocator() { return &allocator_; }
-    bool intact() const { return buffer_.guards_intact(); }
-
-   private:
-    DeviceBuffer buffer_;
-    BufferAllocator allocator_;
-  };
 
   // Calls stage(context) with a workspace of exactly `bytes`, whatever layout and lengths are: the
   // library gave that number knowing shapes alone.
