@@ -8,7 +8,7 @@ export PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help bench bench-profile test lint format wheel clean
+.PHONY: help bench bench-backward bench-profile test lint format wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -18,6 +18,11 @@ bench:  ## Time the forward against PyTorch's SDPA and xFormers, and check it (A
 	@scripts/setup.sh
 	@scripts/build.sh
 	@$(VENV_PYTHON) benchmarks/bench_forward.py $(ARGS)
+
+bench-backward:  ## Time forward + backward against SDPA, xFormers and FlexAttention, and check the gradients
+	@scripts/setup.sh
+	@scripts/build.sh
+	@$(VENV_PYTHON) benchmarks/bench_backward.py $(ARGS)
 
 bench-profile:  ## Profile the GPU kernels with Nsight Compute
 	@scripts/setup.sh

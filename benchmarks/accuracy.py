@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from configuration import Configuration, Inputs
@@ -11,6 +11,10 @@ from configuration import Configuration, Inputs
 # float32 shares. bfloat16 keeps three bits fewer, so that rounding the output alone may exceed
 # them where |out| > 0.5: it is given the same number of its own roundoffs, 8 times as much.
 _TOLERANCE = {"float32": (1e-3, 2e-3), "float16": (1e-3, 2e-3), "bfloat16": (8e-3, 1.6e-2)}
+
+# Gradients pass below this ‖x − reference‖ / ‖reference‖: about four times what rounding q, k, v, p and the result to the
+# dtype gives.
+_GRADIENT_TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 # At most this many query rows of a pair are compared where the reference is dense attention.
 _MAX_DENSE_ROWS = 2048
@@ -87,6 +91,64 @@ def sparse_accuracy(
         )
         outputs.append(out[b : b + 1, h : h + 1])
     return compare(outputs, references, configuration.dtype)
+
+
+@dataclass(frozen=True)
+class GradientAccuracy:
+    relative_error: dict[str, float]
+    passed: bool
+    tolerance: float
+    pairs: int
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def sample_kv_pairs(configuration: Configuration, count: int, seed: int) -> list[tuple[int, int]]:
+    """Up to `count` distinct (batch, KV head) pairs."""
+    return sample_pairs(replace(configuration, heads=configuration.kv_heads), count, seed)
+
+
+def gradient_accuracy(
+    gradients: tuple[torch.Tensor, ...],
+    inputs: Inputs,
+    dout: torch.Tensor,
+    configuration: Configuration,
+    pairs: list[tuple[int, int]],
+) -> GradientAccuracy:
+    """dq, dk, dv and, where there are four, dscores of (batch, KV head) pairs against the fp64 reference backend."""
+    from blackwell_sparsek import attention_forward
+
+    c = configuration
+    group = c.heads // c.kv_heads
+    names = ("dq", "dk", "dv", "dscores")[: len(gradients)]
+    squares = {name: [0.0, 0.0] for name in names}  # of the difference and of the reference
+    for b, h in pairs:
+        heads = {"q": slice(h * group, (h + 1) * group), "kv": slice(h, h + 1)}
+
+        def pair(tensor: torch.Tensor, kind: str, b=b, heads=heads) -> torch.Tensor:
+            return tensor[b : b + 1, heads[kind]].detach().double().cpu()
+
+        leaves = [
+            pair(inputs.q, "q"),
+            *(pair(t, "kv") for t in (inputs.k, inputs.v, inputs.scores)),
+        ]
+        wanted = [leaf.requires_grad_() for leaf in leaves[: len(names)]]
+        out = attention_forward(*leaves, gate=c.gate, backend="reference", **c.selection())
+        references = torch.autograd.grad(out, wanted, pair(dout, "q"))
+        for name, gradient, reference in zip(names, gradients, references, strict=True):
+            difference = pair(gradient, "q" if name == "dq" else "kv") - reference
+            squares[name][0] += difference.square().sum().item()
+            squares[name][1] += reference.square().sum().item()
+    errors = {name: (d / max(r, 1e-300)) ** 0.5 for name, (d, r) in squares.items()}
+    tolerance = _GRADIENT_TOLERANCE[c.dtype]
+    return GradientAccuracy(
+        relative_error=errors,
+        # Written so that a NaN fails.
+        passed=all(error <= tolerance for error in errors.values()),
+        tolerance=tolerance,
+        pairs=len(pairs),
+    )
 
 
 def dense_rows(seq_len_q: int, limit: int = _MAX_DENSE_ROWS) -> torch.Tensor:

@@ -4,6 +4,7 @@
     python benchmarks/bench_forward.py --seq-len 16384 --dtype bfloat16
     python benchmarks/bench_forward.py --sweep seq_len          a table and a plot
     python benchmarks/bench_forward.py --peers all              on a GPU: FlexAttention, FlashAttention-3, ...
+    python benchmarks/bench_forward.py --scores scores.pt       also with a trained model's scores (02_train_lm.py --save-scores)
 
 Without a GPU: B=1 H=8 S=4096 D=128 in float32 and bfloat16. With one: the tier configuration.
 """
@@ -23,9 +24,19 @@ import machine as machine_info
 import memory
 import peers
 import report
+import scores as score_files
 import timing
 import torch
-from configuration import CPU_DEFAULT, CPU_DTYPES, DTYPES, TIER, Configuration, Inputs, make_inputs
+from configuration import (
+    CPU_DEFAULT,
+    CPU_DTYPES,
+    TIER,
+    Configuration,
+    Inputs,
+    add_arguments,
+    from_arguments,
+    make_inputs,
+)
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -43,20 +54,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    shape = parser.add_argument_group("configuration (defaults: this machine's, see above)")
-    shape.add_argument("--batch", type=int)
-    shape.add_argument("--heads", type=int, help="query heads")
-    shape.add_argument("--kv-heads", type=int, help="KV heads (default: as many as query heads)")
-    shape.add_argument("--seq-len", type=int, help="keys per sequence")
-    shape.add_argument("--seq-len-q", type=int, help="queries, the last ones (default: all)")
-    shape.add_argument("--head-dim", type=int)
-    shape.add_argument("--num-selected", type=int, help="k")
-    shape.add_argument("--window", type=int, help="w")
-    shape.add_argument("--chunk-size", type=int, help="C")
-    shape.add_argument("--num-candidates", type=int, help="M (default: 4k)")
-    shape.add_argument("--gate", choices=("none", "value", "softmax"))
-    shape.add_argument("--dtype", choices=tuple(DTYPES), nargs="+")
-    shape.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add_arguments(parser)
     parser.add_argument(
         "--iters",
         type=int,
@@ -75,6 +73,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         help="(batch, head) pairs to check against fp64 (default: 4, in a sweep 1 each; 0: none)",
     )
+    parser.add_argument("--scores", type=Path, help="scores of a trained model, a row of their own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=_RESULTS / "latest.json", help="JSON file")
     return parser.parse_args(argv)
@@ -82,16 +81,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def configurations(arguments: argparse.Namespace, *, has_gpu: bool) -> list[Configuration]:
     """The configurations of a run without a sweep: one per dtype."""
-    device = arguments.device or ("cuda" if has_gpu else "cpu")
-    base = TIER if device.startswith("cuda") else CPU_DEFAULT
-    dtypes = arguments.dtype or ((base.dtype,) if device.startswith("cuda") else CPU_DTYPES)
-    names = ("batch", "heads", "seq_len", "head_dim", "num_selected", "window", "chunk_size")
-    names += ("num_candidates", "gate")
-    given = {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}
-    heads = given.get("heads", base.heads)
-    given["kv_heads"] = arguments.kv_heads if arguments.kv_heads is not None else heads
-    given["seq_len_q"] = arguments.seq_len_q or given.get("seq_len", base.seq_len)
-    return [replace(base, device=device, dtype=dtype, **given) for dtype in dtypes]
+    return from_arguments(
+        arguments,
+        has_gpu=has_gpu,
+        gpu_default=TIER,
+        cpu_default=CPU_DEFAULT,
+        cpu_dtypes=CPU_DTYPES,
+    )
 
 
 def sweep(configuration: Configuration, axis: str) -> list[Configuration]:
@@ -128,15 +124,7 @@ class Bench:
         self, configuration: Configuration, inputs: Inputs
     ) -> tuple[list[report.Row], dict[str, Callable[[], torch.Tensor]]]:
         """The rows and, for those that run here, their calls. Each is called once and checked."""
-        from blackwell_sparsek import attention_forward, capability, select
-
         c = configuration
-
-        def ours() -> torch.Tensor:
-            return attention_forward(
-                inputs.q, inputs.k, inputs.v, inputs.scores, gate=c.gate, **c.selection()
-            )
-
         count = self._arguments.pairs
         if count is None:
             count = 1 if self._arguments.sweep else 4
@@ -167,8 +155,28 @@ class Bench:
                 # A peer that refuses this shape or device must not end the benchmark.
                 row.unavailable = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
+        # The third row, after the two that are always there.
         row = report.Row("sparsek", "BlackwellSparseK (learnable sparse)")
         rows.insert(2, row)
+        calls |= self._prepare_ours(row, c, inputs, pairs)
+        if self._arguments.scores is not None:
+            row = report.Row("sparsek_learned", "BlackwellSparseK, learned scores")
+            rows.insert(3, row)
+            learned = score_files.with_learned(inputs, self._arguments.scores, c)
+            calls |= self._prepare_ours(row, c, learned, pairs)
+        return rows, calls
+
+    def _prepare_ours(
+        self, row: report.Row, c: Configuration, inputs: Inputs, pairs: list[tuple[int, int]]
+    ) -> dict[str, Callable]:
+        """The calls behind a row of ours: the whole forward, and its selection alone."""
+        from blackwell_sparsek import attention_forward, capability, select
+
+        def ours() -> torch.Tensor:
+            return attention_forward(
+                inputs.q, inputs.k, inputs.v, inputs.scores, gate=c.gate, **c.selection()
+            )
+
         row.details["kernel"] = capability(
             inputs.q.shape,
             inputs.k.shape,
@@ -180,9 +188,12 @@ class Bench:
         row.peak_extra_bytes, out = _first_call(ours, c.device)
         if pairs:
             row.accuracy = accuracy.sparse_accuracy(out, inputs, c, pairs)
-        calls["sparsek"] = ours
-        calls["selection"] = lambda: select(inputs.scores, **c.selection())
-        return rows, calls
+        expiry = select(inputs.scores, **c.selection()).expiry
+        row.details["rows_entering_per_tile"] = score_files.rows_entering(expiry, c)
+        return {
+            row.key: ours,
+            f"{row.key} selection": lambda: select(inputs.scores, **c.selection()),
+        }
 
     def _time(self, configuration: Configuration, calls: dict) -> tuple[dict, int]:
         """Timings of all calls and the number of iterations behind them."""
@@ -207,12 +218,14 @@ class Bench:
             timings, iters = self._time(configuration, calls)
             for row in rows:
                 row.timing = timings.get(row.key)
-            ours = next(row for row in rows if row.key == "sparsek")
-            selection_us = timings["selection"].us_per_iter
-            ours.details["selection_us"] = selection_us
-            ours.details["selection_share"] = selection_us / ours.timing.us_per_iter
-            if configuration.is_cuda:
-                ours.details["host_us"] = timing.host_us(calls["sparsek"])
+            for row in rows:
+                if not row.key.startswith("sparsek"):
+                    continue
+                selection_us = timings[f"{row.key} selection"].us_per_iter
+                row.details["selection_us"] = selection_us
+                row.details["selection_share"] = selection_us / row.timing.us_per_iter
+                if configuration.is_cuda:
+                    row.details["host_us"] = timing.host_us(calls[row.key])
         return rows, iters
 
     def show(self, configuration: Configuration, rows: list[report.Row]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -105,10 +106,64 @@ TIER = Configuration(
 CPU_DEFAULT = replace(TIER, batch=1, heads=8, kv_heads=8, dtype="float32", device="cpu")
 CPU_DTYPES = ("float32", "bfloat16")
 
+_FIELDS_WITH_A_FLAG = (
+    "batch",
+    "heads",
+    "seq_len",
+    "head_dim",
+    "num_selected",
+    "window",
+    "chunk_size",
+    "num_candidates",
+    "gate",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A flag for every number of a configuration."""
+    shape = parser.add_argument_group("configuration (defaults: this machine's, see above)")
+    shape.add_argument("--batch", type=int)
+    shape.add_argument("--heads", type=int, help="query heads")
+    shape.add_argument("--kv-heads", type=int, help="KV heads (default: as many as query heads)")
+    shape.add_argument("--seq-len", type=int, help="keys per sequence")
+    shape.add_argument("--seq-len-q", type=int, help="queries, the last ones (default: all)")
+    shape.add_argument("--head-dim", type=int)
+    shape.add_argument("--num-selected", type=int, help="k")
+    shape.add_argument("--window", type=int, help="w")
+    shape.add_argument("--chunk-size", type=int, help="C")
+    shape.add_argument("--num-candidates", type=int, help="M (default: 4k)")
+    shape.add_argument("--gate", choices=("none", "value", "softmax"))
+    shape.add_argument("--dtype", choices=tuple(DTYPES), nargs="+")
+    shape.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+
+
+def from_arguments(
+    arguments: argparse.Namespace,
+    *,
+    has_gpu: bool,
+    gpu_default: Configuration,
+    cpu_default: Configuration,
+    cpu_dtypes: tuple[str, ...],
+) -> list[Configuration]:
+    """The device's default with the flags applied, one configuration per dtype."""
+    device = arguments.device or ("cuda" if has_gpu else "cpu")
+    is_cuda = device.startswith("cuda")
+    base = gpu_default if is_cuda else cpu_default
+    dtypes = arguments.dtype or ((base.dtype,) if is_cuda else cpu_dtypes)
+    given = {
+        name: getattr(arguments, name)
+        for name in _FIELDS_WITH_A_FLAG
+        if getattr(arguments, name) is not None
+    }
+    heads = given.get("heads", base.heads)
+    given["kv_heads"] = arguments.kv_heads if arguments.kv_heads is not None else heads
+    given["seq_len_q"] = arguments.seq_len_q or given.get("seq_len", base.seq_len)
+    return [replace(base, device=device, dtype=dtype, **given) for dtype in dtypes]
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """Random tensors of one configuration; scores are what a trained scorer would give."""
+    """Random tensors of one configuration; scores take the place of a trained scorer's."""
 
     q: torch.Tensor
     k: torch.Tensor

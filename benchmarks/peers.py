@@ -30,7 +30,7 @@ class Peer:
     to_bhsd: Callable[[torch.Tensor], torch.Tensor] = lambda out: out
 
 
-def _transposed(out: torch.Tensor) -> torch.Tensor:
+def transposed(out: torch.Tensor) -> torch.Tensor:
     return out.transpose(1, 2)
 
 
@@ -81,7 +81,7 @@ def _sdpa_backend(backend: SDPBackend):
     return prepare
 
 
-def _prepare_xformers(configuration: Configuration, inputs: Inputs) -> Callable[[], torch.Tensor]:
+def _xformers_ops(configuration: Configuration):
     how = "pip install xformers, a build for this torch and CUDA"
     if not configuration.is_cuda:
         raise UnavailableError(f"its attention has GPU kernels only; on a GPU: {how}")
@@ -89,10 +89,30 @@ def _prepare_xformers(configuration: Configuration, inputs: Inputs) -> Callable[
         import xformers.ops as xops
     except ImportError as error:
         raise UnavailableError(f"not importable ({error}); {how}") from error
+    return xops
+
+
+def _prepare_xformers(configuration: Configuration, inputs: Inputs) -> Callable[[], torch.Tensor]:
+    xops = _xformers_ops(configuration)
     _require_square(configuration, "LowerTriangularMask")
     q, k, v = _bshd(inputs, configuration)
     mask = xops.LowerTriangularMask()
     return lambda: xops.memory_efficient_attention(q, k, v, attn_bias=mask)
+
+
+def _prepare_xformers_local(
+    configuration: Configuration, inputs: Inputs
+) -> Callable[[], torch.Tensor]:
+    xops = _xformers_ops(configuration)
+    _require_square(configuration, "this mask")
+    c = configuration
+    # The local mask that has a backward is the one of packed sequences.
+    mask = xops.fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(
+        [c.seq_len] * c.batch, device=torch.device(c.device)
+    ).make_local_attention(_STRUCTURED_WINDOW)
+    q, k, v = (t.reshape(1, -1, c.heads, c.head_dim) for t in _bshd(inputs, configuration))
+    shape = (c.batch, c.seq_len, c.heads, c.head_dim)
+    return lambda: xops.memory_efficient_attention(q, k, v, attn_bias=mask).view(shape)
 
 
 def blocks_of_budget(num_selected: int, window: int) -> int:
@@ -168,23 +188,37 @@ def _flash_attention_3(window: int | None):
 
 
 SDPA = Peer("PyTorch SDPA (dense floor)", _prepare_sdpa, dense=True)
-XFORMERS = Peer("xFormers Sparse (structured)", _prepare_xformers, dense=True, to_bhsd=_transposed)
+XFORMERS = Peer("xFormers Sparse (structured)", _prepare_xformers, dense=True, to_bhsd=transposed)
+
+XFORMERS_LOCAL = Peer(
+    f"xFormers, local window {_STRUCTURED_WINDOW}",
+    _prepare_xformers_local,
+    dense=False,
+    to_bhsd=transposed,
+)
+SDPA_FLASH = Peer(
+    "SDPA, FlashAttention-2 back end", _sdpa_backend(SDPBackend.FLASH_ATTENTION), dense=True
+)
+SDPA_CUDNN = Peer("SDPA, cuDNN back end", _sdpa_backend(SDPBackend.CUDNN_ATTENTION), dense=True)
+FLEX_CAUSAL = Peer("FlexAttention, causal", _flex(_causal_mask), dense=True)
+FLEX_WINDOW = Peer(f"FlexAttention, window {_STRUCTURED_WINDOW}", _flex(_window_mask), dense=False)
 
 # What --peers all adds.
 FURTHER = (
-    Peer("SDPA, FlashAttention-2 back end", _sdpa_backend(SDPBackend.FLASH_ATTENTION), dense=True),
+    SDPA_FLASH,
     Peer(
         "SDPA, memory-efficient back end", _sdpa_backend(SDPBackend.EFFICIENT_ATTENTION), dense=True
     ),
-    Peer("SDPA, cuDNN back end", _sdpa_backend(SDPBackend.CUDNN_ATTENTION), dense=True),
-    Peer("FlexAttention, causal", _flex(_causal_mask), dense=True),
-    Peer(f"FlexAttention, window {_STRUCTURED_WINDOW}", _flex(_window_mask), dense=False),
+    SDPA_CUDNN,
+    FLEX_CAUSAL,
+    FLEX_WINDOW,
     Peer("FlexAttention, block-sparse, same budget", _flex(_block_sparse_mask), dense=False),
-    Peer("FlashAttention-3, causal", _flash_attention_3(None), dense=True, to_bhsd=_transposed),
+    XFORMERS_LOCAL,
+    Peer("FlashAttention-3, causal", _flash_attention_3(None), dense=True, to_bhsd=transposed),
     Peer(
         f"FlashAttention-3, window {_STRUCTURED_WINDOW}",
         _flash_attention_3(_STRUCTURED_WINDOW),
         dense=False,
-        to_bhsd=_transposed,
+        to_bhsd=transposed,
     ),
 )

@@ -101,6 +101,12 @@ def row_lines(number: str, row: Row, configuration: Configuration) -> list[str]:
             f"      of it selection: {format_us(row.details['selection_us'])} µs "
             f"({row.details['selection_share']:.1%})"
         )
+    if "rows_entering_per_tile" in row.details:
+        rows = row.details["rows_entering_per_tile"]
+        lines.append(
+            f"      selected rows that change per tile of 128 queries: mean {rows['mean']:.1f}, median "
+            f"{rows['median']:.0f}, p90 {rows['p90']:.0f}"
+        )
     if "host_us" in row.details:
         lines.append(f"      host time per call: {format_us(row.details['host_us'])} µs")
     return lines
@@ -140,6 +146,17 @@ def tier_lines(sparse: Row, dense: Row, configuration: Configuration) -> list[st
             f"B={TIER.batch} H={TIER.heads} S={TIER.seq_len} D={TIER.head_dim} {TIER.dtype}, "
             f"k={TIER.num_selected} w={TIER.window} C={TIER.chunk_size}; elsewhere the speedup counts"
         )
+    return lines
+
+
+def speedup_lines(rows: list[Row]) -> list[str]:
+    """How much faster our first row is than each peer, and how much memory each takes."""
+    ours = next(row for row in rows if row.key == "sparsek")
+    others = [row for row in rows if row.timing is not None]
+    lines = ["SPEEDUP AND PEAK EXTRA MEMORY"]
+    for row in others:
+        ratio = row.timing.us_per_iter / ours.timing.us_per_iter
+        lines.append(f"  {row.name:<38} {ratio:>7.2f}x {format_bytes(row.peak_extra_bytes):>14}")
     return lines
 
 
