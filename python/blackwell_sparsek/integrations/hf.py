@@ -151,8 +151,12 @@ def sparsek_mask(
     if attention_mask is None:
         return None
     exists = attention_mask[:, q_offset:].to(torch.bool)
-    # What a compiled graph cannot ask: whether there is any padding, and whether it is where it is to go.
-    can_look = not torch.compiler.is_compiling()
+    if q_length == 1:
+        # A step of generation: one token needs no order, and asking whether it exists would wait for the device.
+        return Padding(exists[:, 0].to(torch.int32), None, None)
+    # What a compiled or captured graph cannot ask: whether there is any padding, and whether it is where it is to go.
+    is_capturing = exists.is_cuda and torch.cuda.is_current_stream_capturing()
+    can_look = not (torch.compiler.is_compiling() or is_capturing)
     if can_look and exists.all():
         return None
     to_front = torch.argsort(~exists, dim=-1, stable=True)
