@@ -36,6 +36,7 @@ void define_query(nb::module_& module, char const* name, Query query) {
 void define_capability(nb::module_& module) {
   define_query(module, "attend_capability", &attend_capability);
   define_query(module, "attend_backward_capability", &attend_backward_capability);
+  define_query(module, "decode_capability", &decode_capability);
   module.def("cpu_isa", &cpu_isa);
   module.def("built_with_cuda", &built_with_cuda);
   module.def("cuda_architectures", &cuda_architectures);

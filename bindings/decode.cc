@@ -47,6 +47,14 @@ void define_decode(nb::module_& module) {
         fields["block_bytes"] = layout.block_bytes;
         return fields;
       });
+  module.def("decode_workspace_bytes",
+             [](Call const& call, int dtype, std::int64_t num_sequences, std::int64_t num_kv_heads,
+                std::int64_t head_dim, std::int64_t num_selected, std::int64_t window,
+                std::int64_t chunk_size, std::optional<std::int64_t> num_candidates) {
+               return decode_workspace_bytes(call.context, static_cast<DataType>(dtype),
+                                             num_sequences, num_kv_heads, head_dim,
+                                             {num_selected, window, chunk_size, num_candidates});
+             });
   module.def(
       "decode",
       [](Call const& call, ConstTensorView<4> const& q, ConstTensorView<4> const& k,

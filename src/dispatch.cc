@@ -14,6 +14,10 @@
 namespace sparsek {
 namespace {
 
+constexpr char const* kNoReferenceDecode =
+    "decode: not served by the reference backend, whose attend says what it must give; supported: "
+    "the CPU and the CUDA backend";
+
 enum class Target { kReference, kCpu, kCuda };
 
 Target target_of(Context const& context) {
@@ -202,15 +206,10 @@ void attend_backward_varlen(Context const& context, ConstTensorView<3> const& q,
 namespace {
 
 void run_decode(Context const& context, DecodeProblem const& p) {
-  auto const unsupported = [](char const* where) {
-    return [where] {
-      throw Unsupported(std::string("decode: no kernel for ") + where +
-                        " here; supported: the CPU backend");
-    };
-  };
+  if (p.batch == 0 || p.num_kv_heads == 0) return;
   dispatch(
-      context, unsupported("the reference backend"), [&] { cpu::decode(context, p); },
-      unsupported("CUDA"));
+      context, [] { throw Unsupported(kNoReferenceDecode); }, [&] { cpu::decode(context, p); },
+      SPARSEK_CUDA_CALL(decode(context, p)));
 }
 
 }  // namespace
@@ -258,6 +257,15 @@ std::size_t select_workspace_of([[maybe_unused]] Context const& context,
   return dispatch(
       context, [] { return std::size_t{0}; }, [] { return std::size_t{0}; },
       SPARSEK_CUDA_CALL(select_workspace(context, p)));
+}
+
+// What the kernels and their workspace depend on.
+DecodeProblem shape_only_decode(DataType dtype, std::int64_t batch, std::int64_t heads,
+                                std::int64_t head_dim, SelectOptions const& options) {
+  DecodeProblem p{};
+  p.layout = decode_state_layout(dtype, heads, head_dim, options);
+  p.batch = batch, p.num_kv_heads = heads, p.head_dim = head_dim, p.dtype = dtype;
+  return p;
 }
 
 SelectProblem shape_only_select(std::int64_t batch, std::int64_t heads, std::int64_t seq_len,
@@ -363,6 +371,17 @@ std::size_t attend_backward_varlen_workspace_bytes(Context const& context, DataT
                    shape_only_packed(context, dtype, num_sequences, q_shape, k_shape, options)));
 }
 
+std::size_t decode_workspace_bytes(Context const& context, DataType dtype,
+                                   std::int64_t num_sequences, std::int64_t num_kv_heads,
+                                   std::int64_t head_dim, SelectOptions const& options) {
+  [[maybe_unused]] DecodeProblem const p =
+      shape_only_decode(dtype, num_sequences, num_kv_heads, head_dim, options);
+  if (context.device.type == DeviceType::kCpu) return 0;
+  return dispatch(
+      context, [] { return std::size_t{0}; }, [] { return std::size_t{0}; },
+      SPARSEK_CUDA_CALL(decode_workspace(context, p)));
+}
+
 // --- capability
 // ------------------------------------------------------------------------------------------------------
 
@@ -413,6 +432,24 @@ Capability attend_backward_capability(Context const& context, DataType dtype,
         return SPARSEK_CUDA_CALL(
             attend_backward_kernel_name(context, shape_only_backward(p), reason))();
       });
+}
+
+Capability decode_capability(Context const& context, DataType dtype,
+                             std::array<std::int64_t, 4> const& q_shape,
+                             std::array<std::int64_t, 4> const& k_shape,
+                             AttendOptions const& options) {
+  try {
+    DecodeProblem const p =
+        shape_only_decode(dtype, k_shape[0], k_shape[1], k_shape[3], options.selection);
+    if (target_of(context) == Target::kReference) return {false, "", kNoReferenceDecode};
+    return capability_of(
+        context, dtype, q_shape, k_shape, options,
+        [&]([[maybe_unused]] AttendProblem const&, [[maybe_unused]] std::string* reason) {
+          return SPARSEK_CUDA_CALL(decode_kernel_name(context, p, reason))();
+        });
+  } catch (Error const& e) {
+    return {false, "", e.what()};
+  }
 }
 
 bool built_with_cuda() { return SPARSEK_WITH_CUDA; }

@@ -148,6 +148,9 @@ void attend_backward(Context const&, AttendBackwardProblem const&);
 std::size_t attend_backward_workspace(Context const&, AttendBackwardProblem const&);
 std::string attend_backward_kernel_name(Context const&, AttendBackwardProblem const&,
                                         std::string* reason);
+void decode(Context const&, DecodeProblem const&);
+std::size_t decode_workspace(Context const&, DecodeProblem const&);
+std::string decode_kernel_name(Context const&, DecodeProblem const&, std::string* reason);
 }  // namespace cuda
 
 }  // namespace sparsek

@@ -28,6 +28,13 @@ Capability attend_backward_capability(Context const& context, DataType dtype,
                                       std::array<std::int64_t, 4> const& k_shape,
                                       AttendOptions const& options);
 
+// The kernel that decode would run for a step: q_shape [N, Hq, S, D] and k_shape [N, Hkv, S, D] of the
+// new tokens. Of the options only the selection counts.
+Capability decode_capability(Context const& context, DataType dtype,
+                             std::array<std::int64_t, 4> const& q_shape,
+                             std::array<std::int64_t, 4> const& k_shape,
+                             AttendOptions const& options);
+
 // Instruction set that the CPU backend chose on this machine: "avx512_bf16", "avx512", "avx2" or
 // "portable". The environment variable BLACKWELL_SPARSEK_CPU_ISA names a lower one to use instead.
 std::string cpu_isa();

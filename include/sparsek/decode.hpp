@@ -129,4 +129,10 @@ void decode_append_varlen(Context const& context, ConstTensorView<3> const& k,
                           ConstTensorView<1> const& cu_seqlens, SelectOptions const& options,
                           DecodeStateView const& state);
 
+// Bytes that any of the four takes from the context's allocator for this many sequences, whatever
+// the number of tokens.
+std::size_t decode_workspace_bytes(Context const& context, DataType dtype,
+                                   std::int64_t num_sequences, std::int64_t num_kv_heads,
+                                   std::int64_t head_dim, SelectOptions const& options);
+
 }  // namespace sparsek

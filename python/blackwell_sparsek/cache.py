@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from blackwell_sparsek._arguments import gate_code, name_of
+from blackwell_sparsek.capability import capability
 from blackwell_sparsek.decode import state_layout
 from blackwell_sparsek.selection import (
     DEFAULT_CHUNK_SIZE,
@@ -24,21 +25,25 @@ class SparseKCache:
     needed again, so prefill and steps give exactly the rows of one :func:`attention_forward` over the whole sequence
     with the same options.
 
+    On CUDA nothing waits for the device: the counters lie in the state, so a step may be captured in a CUDA graph and
+    replayed for ever, its q, k, v and scores at fixed addresses.
+
     Each row of the batch is a sequence of its own length, with its own position and chunk borders. ``prefill`` and
     ``step`` may alternate. Nothing here is differentiable: generate under ``torch.no_grad()``.
 
     Args:
         batch_size, num_kv_heads, head_dim: of k and v.
         num_selected, window, chunk_size, num_candidates, gate, sm_scale: as :func:`attention_forward` takes them.
-        dtype: of q, k and v: float32, float16 or bfloat16. None: torch's default dtype.
-        device: None: the CPU.
+        dtype: of q, k and v: float16, bfloat16 or, on the CPU, float32. None: torch's default dtype.
+        device: cpu or cuda. None: the CPU.
 
     Attributes:
         state: uint8 ``[batch_size, bytes of a block]``, everything that changes; fixed in place and size.
         num_bytes: how much memory that is.
 
     Raises:
-        ValueError: a wrong option, shape, dtype, device or value. The cache is unchanged then.
+        ValueError: a wrong option, shape, dtype, device or value (values on CUDA: with ``BLACKWELL_SPARSEK_CHECK=1``).
+            The cache is unchanged then.
         NotImplementedError: a device or dtype that is not served.
 
     Example:
@@ -72,12 +77,12 @@ class SparseKCache:
         self.sm_scale = sm_scale
         self.dtype = dtype or torch.get_default_dtype()
         self.device = torch.device(device or "cpu")
-        if self.device.type != "cpu":
-            raise NotImplementedError(
-                f"SparseKCache: no decode kernels for device {self.device.type} yet; supported: cpu"
-            )
         options = (num_selected, window, chunk_size, num_candidates)
         layout = state_layout(self.dtype, num_kv_heads, head_dim, *options)
+        if self.device.type != "cpu":
+            self._require_kernel(*options)
+            if self.device.index is None:  # tensors name theirs
+                self.device = torch.device(self.device.type, torch.cuda.current_device())
         self.num_selected = num_selected
         self.window = window
         self.chunk_size = chunk_size
@@ -87,6 +92,20 @@ class SparseKCache:
         )
         self._block_index = torch.arange(batch_size, dtype=torch.int32, device=self.device)
         self._is_prefilled = False
+
+    def _require_kernel(self, *configuration: int | None) -> None:
+        names = ("num_selected", "window", "chunk_size", "num_candidates")
+        shape = (self.batch_size, self.num_kv_heads, 1, self.head_dim)
+        answer = capability(
+            shape,
+            shape,
+            dtype=self.dtype,
+            device=self.device,
+            stage="decode",
+            **dict(zip(names, configuration, strict=True)),
+        )
+        if not answer.supported:
+            raise NotImplementedError(f"SparseKCache: {answer.reason}")
 
     @property
     def num_bytes(self) -> int:

@@ -28,6 +28,7 @@ class Capability(NamedTuple):
 _QUERIES = {
     "attend": _core.attend_capability,
     "attend_backward": _core.attend_backward_capability,
+    "decode": _core.decode_capability,
 }
 
 
@@ -73,7 +74,7 @@ def capability(
         k_shape: ``[B, Hkv, Sk, D]``.
         dtype, device: of q, k and v.
         num_selected, window, chunk_size, num_candidates, gate, backend: as :func:`attention_forward` takes them.
-        stage: ``"attend"`` or ``"attend_backward"``.
+        stage: ``"attend"``, ``"attend_backward"`` or ``"decode"`` (then Sq = Sk: the new tokens).
 
     Returns:
         ``(supported, kernel, reason)``.

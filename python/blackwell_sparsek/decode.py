@@ -14,13 +14,16 @@ import functools
 import torch
 from torch import Tensor
 
+from blackwell_sparsek import _arguments as arguments
 from blackwell_sparsek import _core
 from blackwell_sparsek._arguments import (
+    CUDA,
     DTYPE_CODES,
     call_on,
     checked_view,
     gate_code,
     name_of,
+    query_on,
     view_of,
 )
 from blackwell_sparsek._library import ATTENTION, CONFIGURATION, LIBRARY, define, fake, implement
@@ -109,6 +112,25 @@ def _empty_attention(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(lse_shape, dtype=torch.float32)
 
 
+_workspace_bytes = functools.lru_cache(maxsize=1024)(_core.decode_workspace_bytes)
+
+
+def _check_values(scores: Tensor, split: dict, block_index: Tensor, num_blocks: int) -> None:
+    """What the core checks on the CPU alone; for CUDA with BLACKWELL_SPARSEK_CHECK=1."""
+    if "cu_seqlens" in split:
+        starts, total = split["cu_seqlens"], scores.shape[0]
+        arguments.check_cu_seqlens(starts, starts, total, total)
+        arguments.check_values(scores, None, total)
+    else:
+        arguments.check_values(scores, split["lengths"], scores.shape[2])
+    blocks = block_index.tolist()
+    if len(set(blocks)) < len(blocks) or not all(0 <= b < num_blocks for b in blocks):
+        raise ValueError(
+            f"block_index: expected a block of its own for each sequence, from 0 to {num_blocks - 1}, "
+            f"got {blocks}"
+        )
+
+
 def _run(stage, dimensions, q, k, v, scores, split, state, block_index, continues, *options):
     """Calls a stage of the core; ``split`` is lengths or cu_seqlens by name, q None where nothing attends."""
     configuration, attention = options[:4], options[4:]
@@ -120,7 +142,17 @@ def _run(stage, dimensions, q, k, v, scores, split, state, block_index, continue
     blocks = _views(device, dimensions, block_index=block_index, continues=continues)
     layout = state_layout(k.dtype, k.shape[1], k.shape[-1], *configuration)
     pool = _pool_of(state, layout["block_bytes"], device)
-    stage(call_on(device, "auto"), *views, pool, *blocks, *configuration, *attention)
+    workspace = (0, 0)
+    if device.type == "cuda":
+        if arguments.CHECK_VALUES_ON_CUDA:
+            _check_values(scores, split, block_index, pool[1])
+        shape = (DTYPE_CODES[k.dtype], block_index.shape[0], k.shape[1], k.shape[-1])
+        num_bytes = _workspace_bytes(query_on(CUDA, device.index, "auto"), *shape, *configuration)
+        if num_bytes:
+            buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            workspace = (buffer.data_ptr(), num_bytes)
+    call = call_on(device, "auto", *workspace)
+    stage(call, *views, pool, *blocks, *configuration, *attention)
 
 
 # ---- dense ---------------------------------------------------------------------------------------

@@ -571,7 +571,8 @@ WRONG_CACHES = {
     "another gate": (dict(gate="hard"), ValueError, "gate: expected one of none, value, softmax"),
     "integers": (dict(dtype=torch.int32), ValueError, "dtype: expected a floating-point dtype"),
     "float64": (dict(dtype=torch.float64), NotImplementedError, "float64 is not served by decode"),
-    "CUDA": (dict(device="cuda"), NotImplementedError, "no decode kernels for device cuda yet"),
+    "float32 on CUDA": (dict(device="cuda", dtype=torch.float32), NotImplementedError, "SparseKCache: "),
+    "another device": (dict(device="meta"), NotImplementedError, "supported are cpu and cuda"),
     "too many rows": (dict(window=2**31), ValueError, "at most 2147483646 rows of the window"),
 }
 

@@ -1,0 +1,44 @@
+// Appending alone: one wide block for each KV head streams the new scores, then copies the rows that are left.
+#include "cuda/portable/decode/config.cuh"
+#include "cuda/runtime.hpp"
+
+namespace sparsek::cuda::portable {
+namespace {
+
+constexpr int kThreads = AppendEviction::kThreads;
+
+__global__ void __launch_bounds__(kThreads) append_kernel(__grid_constant__ DecodeCall const call) {
+  extern __shared__ __align__(16) std::byte lists[];
+  __shared__ EvictionScratch<AppendEviction> scratch;
+  DecodeProblem const& p = call.problem;
+  int const head = static_cast<int>(blockIdx.x);
+  int const batch = head / static_cast<int>(p.num_kv_heads);
+  int const kv_head = head % static_cast<int>(p.num_kv_heads);
+  Sequence const sequence(p, batch);
+  if (!sequence.exists) return;
+  HeadState const state(p, sequence.block + kv_head * p.layout.head_bytes);
+  int const first = sequence.continues ? state.num_tokens() : 0;
+  NewTokens const tokens = tokens_of(p, sequence, batch, kv_head, first, call.aligned_tokens);
+  int const end = first + tokens.count;
+  int const old_pool_end = state.pool_end(first), pool_end = state.pool_end(end);
+  if (pool_end > old_pool_end) {
+    evict<AppendEviction>(state, tokens, old_pool_end, pool_end,
+                          call.lists ? call.lists + head * call.list_bytes : lists, scratch);
+  }
+  __syncthreads();  // selected rows have left the window before new tokens take their places
+  append_rows<kThreads>(state, tokens, max(first, pool_end), end);
+  if (threadIdx.x == 0) state.finish(end);
+}
+
+}  // namespace
+
+void launch_append(DecodeCall const& call, DecodePlan const& plan, cudaStream_t stream) {
+  auto const bytes = static_cast<int>(plan.lists_in_workspace ? 0 : plan.list_bytes);
+  check(cudaFuncSetAttribute(append_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "decode: shared memory of the append kernel");
+  auto const blocks = static_cast<unsigned>(call.problem.batch * call.problem.num_kv_heads);
+  append_kernel<<<blocks, kThreads, bytes, stream>>>(call);
+  check_launch("decode: append kernel");
+}
+
+}  // namespace sparsek::cuda::portable
