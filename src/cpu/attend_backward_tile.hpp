@@ -17,6 +17,7 @@
 
 #include "cpu/elements.hpp"
 #include "cpu/kernels.hpp"
+#include "cpu/key_block.hpp"
 #include "cpu/matmul.hpp"
 #include "cpu/packing.hpp"
 #include "cpu/simd.hpp"
@@ -205,9 +206,8 @@ class BackwardTileKernel {
       keys_.score[t] = t_.gate == Gate::kNone ? 0.0F : t_.scores[position * t_.stride_scores];
       keys_.gradients[t] =
           t_.gradients + t_.gradient_rows[first + t] * gradient_row_size(t_.head_dim);
-      // NOTE: rows of selected keys are scattered, out of the hardware prefetchers' reach.
-      prefetch_row(k + position * t_.stride_k);
-      prefetch_row(v + position * t_.stride_v);
+      prefetch_row(k + position * t_.stride_k, t_.head_dim);
+      prefetch_row(v + position * t_.stride_v, t_.head_dim);
     }
     for (int64_t t = 0; t < count; ++t) {
       keys_.k[t] = words_of_row<Words>(k + keys_.position[t] * t_.stride_k, t_.head_dim,
@@ -219,24 +219,9 @@ class BackwardTileKernel {
                                 count, t_.head_dim, kBackwardKeyBlock / kPer, scratch_.k);
   }
 
-  void prefetch_row(Element const* row) const {
-    constexpr int64_t kLine = 64 / sizeof(Element);
-    for (int64_t d = 0; d < t_.head_dim; d += kLine) __builtin_prefetch(row + d);
-  }
-
   // The number of keys of the block at positions <= position.
   int64_t keys_up_to(int32_t position) const {
-    int64_t low = 0, high = keys_.count;
-    if (high > 0 && keys_.position[high - 1] <= position) return high;
-    while (low < high) {
-      int64_t const middle = (low + high) / 2;
-      if (keys_.position[middle] <= position) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
+    return count_up_to(keys_.position, keys_.count, position);
   }
 
   // Leading vectors whose rows all lie before key t: the upper triangle of the diagonal.

@@ -14,7 +14,9 @@
 #include "cpu/attend_tile.hpp"
 #include "cpu/elements.hpp"
 #include "cpu/kernels.hpp"
+#include "cpu/key_block.hpp"
 #include "cpu/matmul.hpp"
+#include "cpu/packing.hpp"
 #include "cpu/simd.hpp"
 
 namespace sparsek::cpu {
@@ -38,7 +40,7 @@ struct RowsScratch {
 };
 
 inline RowsScratch make_rows_scratch(uint8_t* base, int64_t head_dim) {
-  int64_t const bytes = round_up(kFewRows * padded_head_dim(head_dim) * 4, kTileAlignment);
+  int64_t const bytes = round_up_to(kFewRows * padded_head_dim(head_dim) * 4, kTileAlignment);
   RowsScratch s{};
   s.q = reinterpret_cast<float*>(base);
   s.accumulator = reinterpret_cast<float*>(base + (base ? bytes : 0));
@@ -116,7 +118,7 @@ class RowsKernel {
   // Keys beyond the last one repeat it and are seen by no row.
   void load_keys(int64_t first, int64_t count) {
     count_ = count;
-    for (int64_t t = 0; t < round_up(count, kLanes); ++t) {
+    for (int64_t t = 0; t < round_up_to(count, kLanes); ++t) {
       int64_t const key = first + smaller_of(t, count - 1);
       int32_t const position = t_.keys[key];
       int32_t const row = t_.key_rows ? t_.key_rows[key] : position;
@@ -125,16 +127,9 @@ class RowsKernel {
       key_score_[t] = t_.gate == Gate::kNone ? 0.0F : t_.scores[row * t_.stride_scores];
       k_[t] = static_cast<Element const*>(t_.k) + row * t_.stride_k;
       v_[t] = static_cast<Element const*>(t_.v) + row * t_.stride_v;
-      prefetch_row(k_[t]);
-      prefetch_row(v_[t]);
+      prefetch_row(k_[t], t_.head_dim);
+      prefetch_row(v_[t], t_.head_dim);
     }
-  }
-
-  // NOTE: the products visit kLanes rows side by side, an order that the hardware prefetchers do not
-  // follow.
-  void prefetch_row(Element const* row) const {
-    constexpr int64_t kLine = 64 / sizeof(Element);
-    for (int64_t d = 0; d < t_.head_dim; d += kLine) __builtin_prefetch(row + d);
   }
 
   // Scores of kLanes keys.

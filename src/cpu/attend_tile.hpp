@@ -17,7 +17,9 @@
 
 #include "cpu/elements.hpp"
 #include "cpu/kernels.hpp"
+#include "cpu/key_block.hpp"
 #include "cpu/matmul.hpp"
+#include "cpu/packing.hpp"
 #include "cpu/simd.hpp"
 
 namespace sparsek::cpu {
@@ -31,10 +33,6 @@ static_assert(kKeyBlock % kMicroRows == 0 && kKeyBlock % 2 == 0);
 
 constexpr float kLog2E = 1.44269504088896340736F;
 constexpr float kLn2 = 0.693147180559945309417F;
-
-SPARSEK_INLINE int64_t round_up(int64_t x, int64_t multiple) {
-  return (x + multiple - 1) / multiple * multiple;
-}
 
 // What a block of kRowBlock rows carries over the blocks of keys. Rows beyond the last one repeat
 // it.
@@ -74,15 +72,15 @@ struct Scratch {
 };
 
 // head_dim rounded up to whole vectors.
-SPARSEK_INLINE int64_t padded_head_dim(int64_t head_dim) { return round_up(head_dim, kLanes); }
+SPARSEK_INLINE int64_t padded_head_dim(int64_t head_dim) { return round_up_to(head_dim, kLanes); }
 
 inline Scratch make_scratch(uint8_t* base, int64_t head_dim, int64_t num_rows) {
-  int64_t const row_blocks = round_up(num_rows, kRowBlock) / kRowBlock;
+  int64_t const row_blocks = round_up_to(num_rows, kRowBlock) / kRowBlock;
   int64_t const width = padded_head_dim(head_dim);  // at least as many as the words of a row
   Scratch s{};
   auto const take = [&](int64_t bytes) {
     uint8_t* const piece = base ? base + s.bytes : nullptr;
-    s.bytes += round_up(bytes, kTileAlignment);
+    s.bytes += round_up_to(bytes, kTileAlignment);
     return static_cast<void*>(piece);
   };
   s.rows = static_cast<RowBlock*>(take(row_blocks * sizeof(RowBlock)));
@@ -101,22 +99,27 @@ class TileKernel {
       : t_(tile),
         scratch_(
             make_scratch(reinterpret_cast<uint8_t*>(tile.workspace), tile.head_dim, tile.num_rows)),
-        row_blocks_(round_up(tile.num_rows, kRowBlock) / kRowBlock),
+        row_blocks_(round_up_to(tile.num_rows, kRowBlock) / kRowBlock),
         width_(padded_head_dim(tile.head_dim)),
         words_((tile.head_dim + Words::kPerWord - 1) / Words::kPerWord),
-        q_stride_(round_up(words_, kLanes) * kRowBlock),
+        q_stride_(round_up_to(words_, kLanes) * kRowBlock),
         scale_(tile.sm_scale * kLog2E) {}
 
   void run() {
     for (int64_t r = 0; r < row_blocks_; ++r) {
       init_rows(r);
-      pack_q(r);
+      auto const q = [&](int64_t i) {
+        return static_cast<Element const*>(t_.q[r * kRowBlock + i]);
+      };
+      pack_transposed<Words, Element>(q, scratch_.rows[r].num_rows, t_.head_dim,
+                                      scratch_.q + r * q_stride_);
     }
     int64_t const blocks = larger_of<int64_t>(1, (t_.num_keys + kKeyBlock - 1) / kKeyBlock);
-    int64_t const block_size = round_up((t_.num_keys + blocks - 1) / blocks, kMicroRows);
+    int64_t const block_size = round_up_to((t_.num_keys + blocks - 1) / blocks, kMicroRows);
     for (int64_t first = 0; first < t_.num_keys; first += block_size) {
       load_keys(first, smaller_of(block_size, t_.num_keys - first));
-      pack_v();
+      pack_slices<Words, Element>([&](int64_t t) { return v_row(keys_.row[t]); }, keys_.count,
+                                  t_.head_dim, kKeyBlock / Words::kPerWord, scratch_.v);
       for (int64_t r = 0; r < row_blocks_; ++r) {
         RowBlock& rows = scratch_.rows[r];
         int64_t const count = keys_up_to(rows.max_position);
@@ -155,25 +158,6 @@ class TileKernel {
     }
   }
 
-  // q^T, [word][row].
-  void pack_q(int64_t block) {
-    int32_t* const q = scratch_.q + block * q_stride_;
-    RowBlock const& rows = scratch_.rows[block];
-    for (int r0 = 0; r0 < rows.num_vectors * kLanes; r0 += kLanes) {
-      Element const* row[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        int64_t const r = smaller_of<int64_t>(r0 + i, rows.num_rows - 1);
-        row[i] = static_cast<Element const*>(t_.q[block * kRowBlock + r]);
-      }
-      for (int64_t w = 0; w < words_; w += kLanes) {
-        VecI words[kLanes];
-        for (int i = 0; i < kLanes; ++i) words[i] = Words::row_words(row[i], w, t_.head_dim);
-        transpose(words);
-        for (int i = 0; i < kLanes; ++i) store(q + (w + i) * kRowBlock + r0, words[i]);
-      }
-    }
-  }
-
   Element const* k_row(int64_t row) const {
     return static_cast<Element const*>(t_.k) + row * t_.stride_k;
   }
@@ -183,8 +167,7 @@ class TileKernel {
 
   void load_keys(int64_t first, int64_t count) {
     keys_.count = count;
-    bool const in_place = Words::is_row_of_words(static_cast<Element const*>(t_.k), t_.head_dim);
-    int64_t const row_words = round_up(words_, kLanes);
+    int64_t const row_words = round_up_to(words_, kLanes);
     for (int64_t t = 0; t < count; ++t) {
       int32_t const position = t_.keys[first + t];
       int32_t const row = t_.key_rows ? t_.key_rows[first + t] : position;
@@ -193,43 +176,9 @@ class TileKernel {
       keys_.expiry[t] = t_.expiry ? t_.expiry[row] : INT32_MAX;
       keys_.score[t] = t_.gate == Gate::kNone ? 0.0F : t_.scores[row * t_.stride_scores];
       Element const* const k = k_row(row);
-      // NOTE: rows of selected keys are scattered, out of the hardware prefetchers' reach.
-      prefetch_row(k);
-      prefetch_row(v_row(row));
-      if (in_place) {
-        keys_.k[t] = reinterpret_cast<int32_t const*>(k);
-        continue;
-      }
-      int32_t* const packed = scratch_.k + t * row_words;
-      for (int64_t w = 0; w < words_; w += kLanes) {
-        store(packed + w, Words::row_words(k, w, t_.head_dim));
-      }
-      keys_.k[t] = packed;
-    }
-  }
-
-  void prefetch_row(Element const* row) const {
-    constexpr int64_t kLine = 64 / sizeof(Element);
-    for (int64_t d = 0; d < t_.head_dim; d += kLine) __builtin_prefetch(row + d);
-  }
-
-  // v by slices of kVecs vectors along head_dim, so that a slice is contiguous:
-  // [slice][step][vector]. A step is kPerWord keys.
-  void pack_v() {
-    constexpr int kPer = Words::kPerWord;
-    int64_t const steps = (keys_.count + kPer - 1) / kPer;
-    for (int64_t s = 0; s < steps; ++s) {
-      Element const* rows[kPer];
-      for (int i = 0; i < kPer; ++i) {
-        rows[i] = s * kPer + i < keys_.count ? v_row(keys_.row[s * kPer + i]) : nullptr;
-      }
-      for (int64_t slice = 0; slice < width_; slice += kSlice) {
-        int64_t const slice_width = smaller_of<int64_t>(kSlice, width_ - slice);
-        int32_t* const packed = v_slice(slice) + s * slice_width;
-        for (int64_t d = 0; d < slice_width; d += kLanes) {
-          store(packed + d, Words::key_words(rows, slice + d, t_.head_dim));
-        }
-      }
+      prefetch_row(k, t_.head_dim);
+      prefetch_row(v_row(row), t_.head_dim);
+      keys_.k[t] = words_of_row<Words>(k, t_.head_dim, scratch_.k + t * row_words);
     }
   }
 
@@ -239,17 +188,7 @@ class TileKernel {
 
   // The number of keys of the block at positions <= position.
   int64_t keys_up_to(int32_t position) const {
-    int64_t low = 0, high = keys_.count;
-    if (high > 0 && keys_.position[high - 1] <= position) return high;
-    while (low < high) {
-      int64_t const middle = (low + high) / 2;
-      if (keys_.position[middle] <= position) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
+    return count_up_to(keys_.position, keys_.count, position);
   }
 
   // S^T of the first `count` keys in units of log 2, -inf where a row does not see the key; and the
@@ -401,9 +340,9 @@ class TileKernel {
   void accumulate_output(RowBlock& rows, float* accumulator) {
     constexpr int kPer = Words::kPerWord;
     auto const* const weights = reinterpret_cast<int32_t const*>(scratch_.scores);
-    for (int64_t slice = 0; slice < width_; slice += kSlice) {
+    for (int64_t slice = 0; slice < width_; slice += kSliceWidth) {
       int const slice_vectors =
-          static_cast<int>(smaller_of<int64_t>(kSlice, width_ - slice) / kLanes);
+          static_cast<int>(smaller_of<int64_t>(kSliceWidth, width_ - slice) / kLanes);
       int32_t const* const v = v_slice(slice);
       for_row_blocks(rows.num_rows, [&](auto num_rows, int64_t r) {
         constexpr int kRows = num_rows.value;
@@ -451,8 +390,6 @@ class TileKernel {
       }
     }
   }
-
-  static constexpr int64_t kSlice = kVecs * kLanes;
 
   AttendTile const& t_;
   Scratch const scratch_;
