@@ -38,6 +38,9 @@ from blackwell_sparsek._library import (
 # Workspace sizes depend on shapes and options alone: asked once, remembered.
 _select_workspace_bytes = functools.lru_cache(maxsize=4096)(_core.select_workspace_bytes)
 _attend_workspace_bytes = functools.lru_cache(maxsize=4096)(_core.attend_workspace_bytes)
+_attend_backward_workspace_bytes = functools.lru_cache(maxsize=4096)(
+    _core.attend_backward_workspace_bytes
+)
 
 
 def _call_with_workspace(device: torch.device, backend: str, workspace_bytes, *problem):
@@ -212,21 +215,30 @@ def _attend_backward(q, k, v, scores, expiry, threshold, last_candidate, lengths
         return on_host(_attend_backward, device, q, k, v, scores, *selection, lengths, *rest)
     if dout.stride(-1) != 1:  # an expanded gradient, as sum().backward() makes it
         dout = dout.contiguous()
+    problem = (*configuration, threshold is None, max_keys_per_tile, gate_code(gate))
+    q_view = checked_view(q, "q", device)
+    k_view = checked_view(k, "k", device)
     dq, dk, dv, dscores = _empty_gradients(q, k, v, scores, needs_dscores)
+    call, _buffer = _call_with_workspace(
+        device,
+        backend,
+        _attend_backward_workspace_bytes,
+        q_view[1],
+        tuple(q.shape),
+        tuple(k.shape),
+        *problem,
+    )
     _core.attend_backward(
-        call_on(device, backend),
-        checked_view(q, "q", device),
-        checked_view(k, "k", device),
+        call,
+        q_view,
+        k_view,
         checked_view(v, "v", device),
         optional_view(scores, "scores", device),
         checked_view(expiry, "expiry", device),
         optional_view(threshold, "threshold", device),
         optional_view(last_candidate, "last_candidate", device),
         optional_view(lengths, "lengths", device),
-        *configuration,
-        threshold is None,
-        max_keys_per_tile,
-        gate_code(gate),
+        *problem,
         sm_scale,
         view_of(out),
         view_of(lse),

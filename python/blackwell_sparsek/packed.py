@@ -36,6 +36,9 @@ from blackwell_sparsek._library import (
 
 _select_workspace_bytes = functools.lru_cache(maxsize=4096)(_core.select_varlen_workspace_bytes)
 _attend_workspace_bytes = functools.lru_cache(maxsize=4096)(_core.attend_varlen_workspace_bytes)
+_attend_backward_workspace_bytes = functools.lru_cache(maxsize=4096)(
+    _core.attend_backward_varlen_workspace_bytes
+)
 STARTS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k"
 
 
@@ -180,11 +183,19 @@ def _attend_backward_varlen(
         return on_host(_attend_backward_varlen, device, *tensors, *rest)
     if dout.stride(-1) != 1:  # an expanded gradient, as sum().backward() makes it
         dout = dout.contiguous()
+    code = gate_code(gate)
+    q_view = _view(q, "q", device)
+    k_view = _view(k, "k", device)
     dq, dk, dv, dscores = _empty_gradients(q, k, v, scores, needs_dscores)
+    num_sequences = max(0, cu_seqlens_k.shape[0] - 1)
+    problem = (q_view[1], num_sequences, tuple(q.shape), tuple(k.shape), *configuration, code)
+    call, _buffer = _call_with_workspace(
+        device, backend, _attend_backward_workspace_bytes, *problem
+    )
     _core.attend_backward_varlen(
-        call_on(device, backend),
-        _view(q, "q", device),
-        _view(k, "k", device),
+        call,
+        q_view,
+        k_view,
         _view(v, "v", device),
         _optional_view(scores, "scores", device),
         _view(expiry, "expiry", device),
@@ -193,7 +204,7 @@ def _attend_backward_varlen(
         _view(cu_seqlens_q, "cu_seqlens_q", device),
         _view(cu_seqlens_k, "cu_seqlens_k", device),
         *configuration,
-        gate_code(gate),
+        code,
         sm_scale,
         view_of(out),
         view_of(lse),
