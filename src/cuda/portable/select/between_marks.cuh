@@ -4,8 +4,7 @@
 // the threshold moves from one known value to another. An old key that is saturated (or interior, or outside) at both ends is so in between.
 // What remains are few *critical* keys, which every lane goes through for its own chunk.
 #pragma once
-#include "cuda/portable/select/candidates.cuh"
-#include "cuda/portable/select/state.cuh"
+#include "cuda/portable/select/walk.cuh"
 
 namespace sparsek::cuda::portable {
 
@@ -20,12 +19,11 @@ struct CriticalKeys {
   unsigned short order[kCriticalKeys];
 };
 
-// Two marks and the list. Keys [0, old) of the list form the pool of the first mark, keys [0, count) that of the second.
+// Two marks and the list.
 struct BetweenMarks {
   Marks const& marks;
-  float const* scores;
-  int const* positions;
-  int old, count;
+  SortedList const& list;
+  int old_pool, pool;          // of the two marks
   int first_chunk, end_chunk;  // those strictly between
   State const &before, &after;
 
@@ -44,14 +42,15 @@ __device__ void rank_between(BetweenMarks const& m, CriticalKeys& critical, int 
   // Old keys that rank before `last` are ahead of the rank-th key in every pool; those after `first` are behind it.
   int ahead = 0, n = 0;
   __syncwarp();
-  for (int base = 0; base < m.count; base += 32) {
+  for (int base = 0; base < m.list.count; base += 32) {
     int const i = base + lane;
     bool is_critical = false, is_ahead = false;
     float score = 0.0f;
     int position = 0;
-    if (i < m.count) {
-      score = m.scores[i], position = m.positions[i];
-      is_ahead = i < m.old && ranks_after(last.score, last.position, RankedKey{score, position});
+    if (i < m.list.count) score = m.list.scores[i], position = m.list.positions[i];
+    if (i < m.list.count && position < m.pool) {
+      is_ahead = position < m.old_pool &&
+                 ranks_after(last.score, last.position, RankedKey{score, position});
       is_critical = !is_ahead && !ranks_after(score, position, first);
     }
     ahead += __popc(__ballot_sync(~0u, is_ahead));
@@ -99,13 +98,12 @@ __device__ void rank_between(BetweenMarks const& m, CriticalKeys& critical, int 
 }
 
 // store(chunk, threshold) for each chunk whose pool has more than k keys; kth_score(chunk) is its k-th score. False if the critical keys do not
-// fit. The list must not be truncated within the thresholds' reach.
+// fit, or if more than `num_candidates` keys lie above the first threshold: then it matters which are candidates.
 template <typename KthScore, typename Store>
 __device__ bool thresholds_between(BetweenMarks const& m, CriticalKeys& critical, int k,
-                                   KthScore kth_score, Store store) {
+                                   int num_candidates, KthScore kth_score, Store store) {
   int const lane = threadIdx.x % 32;
   unsigned const lower_lanes = (1u << lane) - 1;
-  double const base = m.after.kth.score;
   // Every threshold in between lies in [low, high].
   float const low = m.before.threshold;
   float const high = nextafterf(m.after.threshold, INFINITY);
@@ -117,19 +115,22 @@ __device__ bool thresholds_between(BetweenMarks const& m, CriticalKeys& critical
   double all_sum = 0.0;
   int n = 0, settled = 0;
   __syncwarp();
-  for (int start = 0; start < m.count; start += 32) {
+  for (int start = 0; start < m.list.count; start += 32) {
     int const i = start + lane;
     bool is_critical = false, is_settled = false, saturated = false, interior = false;
     float score = 0.0f;
-    if (i < m.count) {
-      score = m.scores[i];
+    int position = INT_MAX;
+    if (i < m.list.count) score = m.list.scores[i], position = m.list.positions[i];
+    if (!__any_sync(~0u, i < m.list.count && score > low)) break;
+    if (position < m.pool) {
+      bool const is_old = position < m.old_pool;
       saturated = score > high_plus_one;
       interior = score > high && score <= low_plus_one;
       is_critical = score > low && !saturated && !interior;
-      is_settled = i >= m.old && (saturated || interior);
-      if (i < m.old && interior) all_sum += static_cast<double>(score) - base;
-      saturated = saturated && i < m.old;
-      interior = interior && i < m.old;
+      is_settled = !is_old && (saturated || interior);
+      if (is_old && interior) all_sum += score;
+      saturated = saturated && is_old;
+      interior = interior && is_old;
     }
     all_saturated += __popc(__ballot_sync(~0u, saturated));
     all_interior += __popc(__ballot_sync(~0u, interior));
@@ -140,11 +141,12 @@ __device__ bool thresholds_between(BetweenMarks const& m, CriticalKeys& critical
       int const at = is_critical ? n + __popc(criticals & lower_lanes)
                                  : kCriticalKeys - 1 - settled - __popc(settleds & lower_lanes);
       critical.score[at] = score;
-      critical.position[at] = m.positions[i];
+      critical.position[at] = position;
     }
     n += __popc(criticals);
     settled += __popc(settleds);
   }
+  if (all_saturated + all_interior + n + settled > num_candidates) return false;
   all_sum = WarpTeam(nullptr).sum(all_sum);
   __syncwarp();
 
@@ -165,23 +167,23 @@ __device__ bool thresholds_between(BetweenMarks const& m, CriticalKeys& critical
           ++settled_saturated;
         } else {
           ++settled_interior;
-          settled_sum += static_cast<double>(u) - base;
+          settled_sum += u;
         }
       }
     }
-    // As in solve_threshold, with t = threshold - base.
-    double lowest = fmax(static_cast<double>(low), kth - 1.0) - base;
-    double highest = static_cast<double>(kth) - base;
+    // As ThresholdWalker::solve does.
+    double lowest = fmax(static_cast<double>(low), kth - 1.0);
+    double highest = kth;
     double t = lowest;
     if (low > -INFINITY) {
       double const part = static_cast<double>(pool - first_pool) / max(last_pool - first_pool, 1);
-      double const guess = low + part * (static_cast<double>(high) - low) - base;
+      double const guess = low + part * (static_cast<double>(high) - low);
       if (guess >= lowest && guess < highest) t = guess;
     }
     int last_saturated = -1, last_interior = -1;
     for (int step = 0; step < 100 && __any_sync(~0u, active); ++step) {
-      float const zero = __double2float_rd(base + t);
-      float const one = __double2float_rd(base + t + 1.0);
+      float const zero = __double2float_rd(t);
+      float const one = __double2float_rd(t + 1.0);
       int saturated = settled_saturated, interior = settled_interior;
       double sum = settled_sum;
       for (int j = 0; j < n; ++j) {
@@ -191,7 +193,7 @@ __device__ bool thresholds_between(BetweenMarks const& m, CriticalKeys& critical
             ++saturated;
           } else {
             ++interior;
-            sum += static_cast<double>(u) - base;
+            sum += u;
           }
         }
       }
@@ -220,7 +222,7 @@ __device__ bool thresholds_between(BetweenMarks const& m, CriticalKeys& critical
       }
       t = next;
     }
-    if (pool > k) store(chunk, fminf(__double2float_rd(base + t), nextafterf(kth, -INFINITY)));
+    if (pool > k) store(chunk, rounded_threshold(t, kth));
   }
   return true;
 }

@@ -11,10 +11,14 @@ namespace sparsek::cuda::portable {
 
 inline constexpr int kMaxRoundMarks = 16;
 inline constexpr int kNarrowWarps =
-    2;  // of a block where there are rows enough for all multiprocessors
+    4;  // of a block where there are rows enough for all multiprocessors
 inline constexpr int kNarrowBlocks =
-    12;  // of them side by side: 64 threads * 12 leave 80 registers each
+    6;  // of them side by side: 128 threads * 6 leave 80 registers each
 inline constexpr int kWideWarps = 16;  // where there are few rows
+inline constexpr int kCarriedPerThread =
+    1024 / (32 * kNarrowWarps);  // keys of the old list that a thread holds while it is sorted
+inline constexpr int kTableChunks =
+    64;  // a block that has all of a row with at most so many chunks writes its expiry, too
 
 struct SelectPlan {
   int rows;            // batch * num_kv_heads
@@ -22,10 +26,12 @@ struct SelectPlan {
   int num_segments;    // blocks of a row
   int group_size;      // segments whose candidates are merged before the blocks read them
   int num_groups;      // of a row
-  int round_marks;     // marks between two trimmings of the candidate list
+  int round_marks;     // marks between two sorts of the candidate list, at most
   int list_capacity;   // keys
+  int spare_capacity;  // keys of the list in global memory while it is sorted; 0: held in registers
   bool short_chunks;   // several of them to a mark
   bool shared_list;    // the list lies in shared memory, else in the workspace
+  bool writes_expiry;  // the blocks that compute states also write expiry
   int start_capacity;  // keys that a block may find in the lists of the segments before it
   std::int64_t num_keys, num_chunks;  // of all rows together
 };
@@ -36,9 +42,9 @@ SelectPlan plan_select(SelectProblem const& p, DeviceProperties const& device);
 struct SelectWorkspace {
   // The k-th ranked key of every chunk's pool.
   RankedKey* kth;
-  // Candidate lists that do not fit in shared memory.
-  float* list_score;
-  int* list_position;
+  // Candidate lists that do not fit in shared memory, and copies of lists while they are sorted.
+  float *list_score, *spare_score;
+  int *list_position, *spare_position;
   // With several segments: the candidates of each segment and of each group, at the offset of their first key; their
   // numbers; and what each block gathers from them.
   float *segment_score, *group_score, *start_score;

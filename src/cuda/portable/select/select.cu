@@ -9,7 +9,8 @@
 namespace sparsek::cuda::portable {
 namespace {
 
-constexpr int kRoundKeys = 512;  // keys of a round with few warps
+constexpr int kRoundKeys = 2048;  // keys that a round looks at ...
+constexpr int kRoomKeys = 1024;   // ... and that a list has room for besides the candidates
 constexpr std::int64_t kMinSegment =
     4096;  // keys: shorter segments cost more at their start than they save
 constexpr std::size_t kMaxStartBytes = std::size_t{512} << 20;
@@ -24,8 +25,8 @@ SelectPlan plan_select(SelectProblem const& p, DeviceProperties const& device) {
   plan.num_keys = (packed ? 1 : p.batch) * p.num_kv_heads * p.seq_len;
   plan.num_chunks = (packed ? 1 : p.batch) * p.num_kv_heads * p.num_chunks;
 
-  // Rows enough for every multiprocessor: one block of four warps each, many side by side. Else wide blocks, and several of
-  // them on a row where it is long enough.
+  // Rows enough for every multiprocessor: one narrow block each, several side by side. Else wide blocks, and several of them on a
+  // row where it is long enough.
   plan.num_segments = static_cast<int>(std::clamp<std::int64_t>(
       p.seq_len / kMinSegment, 1, std::max(1, device.num_sms / std::max(1, plan.rows))));
   plan.num_warps = plan.rows >= 2 * device.num_sms ? kNarrowWarps : kWideWarps;
@@ -36,10 +37,14 @@ SelectPlan plan_select(SelectProblem const& p, DeviceProperties const& device) {
   int const span = Marks::span(p.chunk_size);
   plan.short_chunks = Marks(p.chunk_size, 0, 1).chunks_per_mark > 1;
   auto const fits = [&] {
-    plan.round_marks = std::clamp(kRoundKeys / span,
-                                  std::max(plan.num_warps, kRoundKeys / kMarkSpan), kMaxRoundMarks);
+    // The states of short chunks are buffered for a few marks.
+    plan.round_marks = std::clamp(kRoundKeys / span, 1,
+                                  plan.short_chunks ? std::max(plan.num_warps, 4) : kMaxRoundMarks);
+    std::int64_t const candidates = std::min(p.num_candidates, p.seq_len);
     plan.list_capacity =
-        static_cast<int>(std::min(p.num_candidates, p.seq_len)) + plan.round_marks * span;
+        static_cast<int>(std::min(p.seq_len, candidates + std::max<std::int64_t>(span, kRoomKeys)));
+    plan.spare_capacity =
+        candidates > kCarriedPerThread * 32 * plan.num_warps ? plan.list_capacity : 0;
     return states_shared_bytes(plan) + plan.list_capacity * kKeyBytes <=
            static_cast<std::size_t>(device.shared_bytes_per_block);
   };
@@ -47,6 +52,7 @@ SelectPlan plan_select(SelectProblem const& p, DeviceProperties const& device) {
   if (!plan.shared_list) {  // the kernels for lists in global memory have wide blocks
     plan.num_warps = kWideWarps;
     plan.shared_list = fits();
+    if (!plan.shared_list) plan.spare_capacity = plan.list_capacity;
   }
 
   plan.start_capacity = static_cast<int>(std::min(
@@ -55,6 +61,8 @@ SelectPlan plan_select(SelectProblem const& p, DeviceProperties const& device) {
       kMaxStartBytes) {
     plan.num_segments = plan.group_size = plan.num_groups = 1;
   }
+  plan.writes_expiry = plan.num_warps == kNarrowWarps && plan.num_segments == 1 &&
+                       !plan.short_chunks && p.num_chunks <= kTableChunks;
   return plan;
 }
 
@@ -67,6 +75,8 @@ SelectWorkspace lay_out(SelectPlan const& plan, std::byte* base) {
     w.list_score = carver.take<float>(blocks * plan.list_capacity);
     w.list_position = carver.take<int>(blocks * plan.list_capacity);
   }
+  w.spare_score = carver.take<float>(blocks * plan.spare_capacity);
+  w.spare_position = carver.take<int>(blocks * plan.spare_capacity);
   if (plan.num_segments > 1) {
     w.segment_score = carver.take<float>(plan.num_keys);
     w.segment_position = carver.take<int>(plan.num_keys);
@@ -90,7 +100,7 @@ void select(Context const& context, SelectProblem const& p) {
   Workspace const memory(context, lay_out(plan, nullptr).bytes);
   SelectWorkspace const workspace = lay_out(plan, memory.data());
   launch_states(p, plan, workspace, stream_of(context));
-  launch_expiry(p, plan, workspace, stream_of(context));
+  if (!plan.writes_expiry) launch_expiry(p, plan, workspace, stream_of(context));
 }
 
 }  // namespace sparsek::cuda::portable

@@ -1,10 +1,11 @@
 // The state of every chunk's pool: its k-th ranked key, its threshold and its last candidate.
 //
-// A block streams one row (or a segment of it) in rounds of a few marks (geometry.cuh). It keeps a list of the keys that can
-// still matter: since thresholds never fall, those above the last threshold, and of these at most num_candidates. A round
-//   1. drops from the list what no longer matters and appends the round's keys that do, in the order of their positions,
-//   2. computes the states of its marks, one mark per warp at a time: the pool of a mark is a prefix of the list.
-// Warps work independently in step 2; nothing depends on the order of the scores but the length of the list.
+// A block streams one row (or a segment of it) in rounds of a few marks (geometry.cuh). It keeps a list of the keys that can still
+// matter, sorted by rank: since thresholds never fall, those above the last threshold, and of these at most num_candidates. A round
+//   1. inserts its keys that lie above the last threshold (sorted_list.cuh),
+//   2. computes the states of its marks, a run of marks by each warp, which walks the list from mark to mark (walk.cuh),
+//   3. cuts the list off where keys no longer matter.
+// Warps work independently in step 2. Where a block has all of a row and chunks are not short, it writes expiry in the end.
 //
 // Few long rows: each row is cut into segments, one block each. A block needs the candidates of everything before its segment, and candidates of
 // a union are candidates of its parts. So (a) each segment, then (b) each group of segments is condensed to its candidates, and (c) a
@@ -12,13 +13,16 @@
 #include "cuda/portable/select/between_marks.cuh"
 #include "cuda/portable/select/candidates.cuh"
 #include "cuda/portable/select/plan.hpp"
+#include "cuda/portable/select/sorted_list.cuh"
 #include "cuda/portable/select/state.cuh"
+#include "cuda/portable/select/walk.cuh"
 
 namespace sparsek::cuda::portable {
 namespace {
 
 constexpr int kCondenseThreads = 512;
 constexpr int kPerThread = 4;  // keys that a thread moves per tile of a compaction
+constexpr int kBatch = 4;      // scores that a thread loads together
 
 // Appends the keys that load(i, score, position) lets through, i = 0 ... count - 1, in this order, at list[size ...], and
 // returns the new size. Ends with its writes not yet visible to other threads.
@@ -84,21 +88,6 @@ __device__ void range_of(Team const& team, float const* scores, int count, float
   low = score(least), high = score(largest);
 }
 
-// The number of an ascending list's entries that are less than `bound`, by a warp: 32 probes at a time.
-__device__ int lower_bound(int const* positions, int count, int bound) {
-  int const lane = threadIdx.x % 32;
-  int first = 0;  // entries before it are less
-  while (count > 0) {
-    int const step = (count + 31) / 32;
-    int const probe = lane * step + step - 1;
-    bool const less = probe < count && positions[first + probe] < bound;
-    int const blocks = __popc(__ballot_sync(~0u, less));
-    first += blocks * step;
-    count = min(count - blocks * step, step - 1);
-  }
-  return first;
-}
-
 // The marks of a segment.
 struct Segment {
   int first, end;  // marks [first, end)
@@ -114,15 +103,89 @@ struct Segment {
 // kShort: chunks may be short, so that a mark stands for many of them.
 template <int kWarps, bool kShort>
 struct StatesShared {
-  TeamScratch team[kWarps];
+  SortScratch<kWarps> sort;
   typename BlockTeam<kWarps * 32>::Exchange exchange;  // only where a row has several blocks
   float thresholds[kShort ? (kWarps > 4 ? kWarps : 4) * kMarkSpan
                           : kMaxRoundMarks];  // of the round's chunks
   State marks[kMaxRoundMarks];
-  Compaction<kWarps> compaction;
+  RankedKey kth[kShort ? 1 : kTableChunks];  // of the row's chunks, where the block writes expiry
   float running;
-  unsigned least, largest;  // ordered scores of the pools so far
+  unsigned least, largest;  // ordered scores of the round's keys that matter ...
+  int kept;                 // ... and their number
+  int size;                 // of the list that the next round starts with
 };
+
+// Expiry of a row from the k-th keys of its chunks: a key leaves at the first chunk whose pool holds it and whose k-th key ranks before
+// it, and k-th keys only rise. For most keys that is the first chunk; the others are queued, so that whole warps search.
+template <int kThreads>
+__device__ void write_expiry(SelectProblem const& p, Row const& r, RankedKey const* kth,
+                             SortedList queue, int& queued) {
+  constexpr int kKeysPerThread = 4;
+  int const tid = threadIdx.x, lane = tid % 32;
+  auto const chunk_size = static_cast<unsigned>(p.chunk_size);
+  auto const window = static_cast<unsigned>(p.window);
+  int* const expiry = p.expiry + r.expiry;
+  unsigned chunk = (tid + window) / chunk_size + 1, rest = (tid + window) % chunk_size;
+  unsigned const step_chunks = kThreads / chunk_size, step_rest = kThreads % chunk_size;
+  float const* next_score = r.scores + tid * r.stride;
+  std::int64_t const step_stride = kThreads * r.stride;
+  for (int base = 0; base < r.num_keys; base += kThreads * kKeysPerThread) {
+    float u[kKeysPerThread];
+#pragma unroll
+    for (int i = 0; i < kKeysPerThread; ++i) {
+      u[i] = base + i * kThreads + tid < r.valid ? sanitized(next_score[i * step_stride]) : 0.0f;
+    }
+    next_score += kKeysPerThread * step_stride;
+    __syncthreads();
+    if (tid == 0) queued = 0;
+    __syncthreads();
+    unsigned searching[kKeysPerThread];
+    int total = 0;
+#pragma unroll
+    for (int i = 0; i < kKeysPerThread; ++i) {
+      int const j = base + i * kThreads + tid, first = static_cast<int>(chunk);
+      bool search = false;
+      if (j < r.valid) {
+        search = first < r.used_chunks && !ranks_after(u[i], j, kth[first]);
+        if (!search) {
+          expiry[j] = first < r.used_chunks ? first * static_cast<int>(chunk_size) : r.valid;
+        }
+      } else if (j < r.num_keys) {
+        expiry[j] = j;  // does not exist
+      }
+      searching[i] = __ballot_sync(~0u, search);
+      total += __popc(searching[i]);
+      chunk += step_chunks, rest += step_rest;
+      if (rest >= chunk_size) ++chunk, rest -= chunk_size;
+    }
+    int at = 0;
+    if (lane == 0) at = atomicAdd(&queued, total);
+    at = __shfl_sync(~0u, at, 0);
+#pragma unroll
+    for (int i = 0; i < kKeysPerThread; ++i) {
+      if (searching[i] >> lane & 1) {
+        int const mine = at + __popc(searching[i] & ((1u << lane) - 1));
+        queue.scores[mine] = u[i], queue.positions[mine] = base + i * kThreads + tid;
+      }
+      at += __popc(searching[i]);
+    }
+    __syncthreads();
+    for (int i = tid; i < queued; i += kThreads) {
+      float const u = queue.scores[i];
+      int const j = queue.positions[i];
+      int first = static_cast<int>((j + window) / chunk_size + 2), end = r.used_chunks;
+      while (first < end) {
+        int const middle = (first + end) / 2;
+        if (ranks_after(u, j, kth[middle])) {
+          end = middle;
+        } else {
+          first = middle + 1;
+        }
+      }
+      expiry[j] = end < r.used_chunks ? end * static_cast<int>(chunk_size) : r.valid;
+    }
+  }
+}
 
 template <int kWarps, bool kSharedList, bool kShort>
 __global__ void __launch_bounds__(kWarps * 32, kWarps == kWideWarps ? 1 : kNarrowBlocks)
@@ -151,7 +214,11 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == kWideWarps ? 1 : kNarro
   }
   float* const thresholds = static_cast<float*>(p.threshold) + r.chunks;
   auto const store = [&](int chunk, State const& state) {
-    w.kth[r.chunks + chunk] = state.kth;
+    if (!kShort && plan.writes_expiry) {
+      shared.kth[chunk] = state.kth;
+    } else {
+      w.kth[r.chunks + chunk] = state.kth;
+    }
     if (p.last_candidate) {
       p.last_candidate[r.chunks + chunk] =
           state.cut.position == INT_MAX || !config.rank_candidates ? -1 : state.cut.position;
@@ -167,14 +234,31 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == kWideWarps ? 1 : kNarro
       thresholds[c] = c < first_chunk ? -INFINITY : INFINITY;
     }
   }
-  if (segment.first >= segment.end) return;
+  if (segment.first >= segment.end) {
+    if (!kShort && plan.writes_expiry) {
+      __syncthreads();
+      write_expiry<kWarps * 32>(p, r, shared.kth, {scores, positions, 0}, shared.kept);
+    }
+    return;
+  }
 
   State state;
   float guess = -0.5f;
-  int size = 0, parity = 0;
   float running = -INFINITY;
-  if (threadIdx.x == 0) shared.least = ~0u, shared.largest = 0u;
-  __syncthreads();
+  SortedList list{scores, positions, 0};
+  float* const spare_scores = w.spare_score + std::int64_t{blockIdx.x} * plan.spare_capacity;
+  int* const spare_positions = w.spare_position + std::int64_t{blockIdx.x} * plan.spare_capacity;
+  auto const insert = [&](int num_new, float low, float high, auto&& load) {
+    if constexpr (kSharedList) {
+      insert_sorted(list, list.count, num_new, low, high, spare_scores, spare_positions,
+                    shared.sort, load);
+    } else {
+      merge_sorted(list, list.count, num_new, spare_scores, spare_positions, shared.sort, load);
+    }
+  };
+  auto const score_of = [](unsigned key) {
+    return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+  };
 
   if constexpr (kWarps == kWideWarps) {
     if (segment_index > 0) {
@@ -206,82 +290,107 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == kWideWarps ? 1 : kNarro
       BlockTeam<kWarps * 32> const team(&shared.exchange);
       float low, high;
       range_of(team, start_scores, gathered, low, high);
-      if (threadIdx.x == 0) shared.least = ordered(low), shared.largest = ordered(high);
       state = state_of(team, config, start_scores, start_positions, gathered,
                        marks.pool_end(segment.first - 1), State{}, low, high, guess);
       Filter const filter(config, state);
-      size = shared.compaction.append(gathered, 0, scores, positions, parity,
-                                      [&](int i, float& score, int& position) {
-                                        score = start_scores[i];
-                                        position = start_positions[i];
-                                        return filter.keeps(score, position);
-                                      });
+      insert(gathered, fmaxf(low, filter.floor), high, [&](int i, float& score, int& position) {
+        score = start_scores[i];
+        position = start_positions[i];
+        return filter.keeps(score, position);
+      });
       running = state.threshold;
-      __syncthreads();
     }
   }
 
-  for (int first = segment.first; first < segment.end; first += plan.round_marks) {
-    int const round_marks = min(plan.round_marks, segment.end - first);
-    int const begin = marks.pool_end(first - 1), end = marks.pool_end(first + round_marks - 1);
-    unsigned least = ~0u, largest = 0u;
+  for (int first = segment.first; first < segment.end;) {
+    int const begin = marks.pool_end(first - 1);
     Filter const filter(config, state);
-    int const old = shared.compaction.append(size, 0, scores, positions, parity,
-                                             [&](int i, float& score, int& position) {
-                                               score = scores[i];
-                                               position = positions[i];
-                                               return filter.keeps(score, position);
-                                             });
     float const* const new_scores = r.scores + begin * r.stride;
-    size = shared.compaction.append(end - begin, old, scores, positions, parity,
-                                    [&](int i, float& score, int& position) {
-                                      position = begin + i;
-                                      score = sanitized(new_scores[i * r.stride]);
-                                      unsigned const key = ordered(score);
-                                      least = min(least, key), largest = max(largest, key);
-                                      // Later than all before: equal to the floor is not enough.
-                                      return score > filter.floor;
-                                    });
-    least = __reduce_min_sync(~0u, least), largest = __reduce_max_sync(~0u, largest);
-    if (lane == 0) {
-      atomicMin(&shared.least, least);
-      atomicMax(&shared.largest, largest);
-    }
-    __syncthreads();
-
-    auto const score_of = [](unsigned key) {
-      return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+    // Later than all before: equal to the floor is not enough.
+    auto const enters = [&](int i, float& score, int& position) {
+      position = begin + i;
+      score = sanitized(new_scores[i * r.stride]);
+      return score > filter.floor;
     };
-    float const low = score_of(shared.least), high = score_of(shared.largest);
-    WarpTeam const team(&shared.team[warp]);
-    int const chunk_base = marks.chunk(first - 1) + 1;
-    auto const list_size = [&](int pool) {
-      return old + lower_bound(positions + old, size - old, pool);
-    };
-    auto const compute = [&](int pool, State const& before) {
-      return state_of(team, config, scores, positions, list_size(pool), pool, before, low, high,
-                      guess);
-    };
-    for (int i = warp; i < round_marks; i += kWarps) {
-      State const here = compute(marks.pool_end(first + i), state);
-      if (lane == 0) {
-        shared.marks[i] = here;
-        if (marks.completes_chunk(first + i)) {
-          int const chunk = marks.chunk(first + i);
-          shared.thresholds[chunk - chunk_base] = here.threshold;
-          store(chunk, here);
+    // As many marks as there is room for the keys that matter.
+    int round_marks = min(plan.round_marks, segment.end - first), num_new;
+    for (;;) {
+      __syncthreads();
+      if (threadIdx.x == 0) shared.least = ~0u, shared.largest = 0u, shared.kept = 0;
+      __syncthreads();
+      num_new = marks.pool_end(first + round_marks - 1) - begin;
+      float lowest = INFINITY, highest = -INFINITY;
+      int kept = 0;
+      float const* next_score = new_scores + threadIdx.x * r.stride;
+      std::int64_t const step_stride = kWarps * 32 * r.stride;
+      for (int base = threadIdx.x; base < num_new; base += kBatch * kWarps * 32) {
+        float u[kBatch];  // loaded together
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          bool const exists = base + j * kWarps * 32 < num_new;
+          u[j] = exists ? sanitized(next_score[j * step_stride]) : -INFINITY;
+        }
+        next_score += kBatch * step_stride;
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          if (u[j] > filter.floor) {
+            lowest = fminf(lowest, u[j]), highest = fmaxf(highest, u[j]);
+            ++kept;
+          }
         }
       }
+      unsigned least = lowest < INFINITY ? ordered(lowest) : ~0u;
+      unsigned largest = highest > -INFINITY ? ordered(highest) : 0u;
+      least = __reduce_min_sync(~0u, least), largest = __reduce_max_sync(~0u, largest);
+      kept = __reduce_add_sync(~0u, kept);
+      if (lane == 0) {
+        atomicMin(&shared.least, least);
+        atomicMax(&shared.largest, largest);
+        atomicAdd(&shared.kept, kept);
+      }
+      __syncthreads();
+      int const room = plan.list_capacity - list.count;
+      if (round_marks == 1 || shared.kept <= room) break;
+      round_marks = max(1, min(round_marks - 1,
+                               static_cast<int>(std::int64_t{round_marks} * room / shared.kept)));
+    }
+    float low = score_of(shared.least), high = score_of(shared.largest);
+    if (list.count > 0) {
+      low = fminf(low, list.scores[list.count - 1]);
+      high = fmaxf(high, list.scores[0]);
+    }
+    if (shared.kept > 0) {
+      insert(num_new, low, high, enters);
+    }
+
+    int const chunk_base = marks.chunk(first - 1) + 1;
+    {
+      PoolWalker walker(config, list, running, guess);
+      int const mine = round_marks * warp / kWarps, end = round_marks * (warp + 1) / kWarps;
+      for (int i = mine; i < end; ++i) {
+        int const pool = marks.pool_end(first + i), before = marks.pool_end(first + i - 1);
+        State const here =
+            i == mine ? walker.start(pool)
+                      : walker.advance(pool, pool - before, r.scores + before * r.stride, r.stride);
+        if (lane == 0) {
+          shared.marks[i] = here;
+          if (marks.completes_chunk(first + i)) {
+            int const chunk = marks.chunk(first + i);
+            shared.thresholds[chunk - chunk_base] = here.threshold;
+            store(chunk, here);
+          }
+        }
+      }
+      if (lane == 0 && end == round_marks && mine < end) shared.size = walker.num_that_matter();
     }
     __syncthreads();
     if constexpr (kShort) {
       for (int i = warp; marks.chunks_per_mark > 1 && i < round_marks; i += kWarps) {
         State const before = i == 0 ? state : shared.marks[i - 1], after = shared.marks[i];
         BetweenMarks const between{marks,
-                                   scores,
-                                   positions,
-                                   i == 0 ? old : list_size(marks.pool_end(first + i - 1)),
-                                   list_size(marks.pool_end(first + i)),
+                                   list,
+                                   marks.pool_end(first + i - 1),
+                                   marks.pool_end(first + i),
                                    marks.chunk(first + i - 1) + 1,
                                    marks.chunk(first + i),
                                    before,
@@ -299,11 +408,12 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == kWideWarps ? 1 : kNarro
         bool const truncated = after.cut.position != INT_MAX;
         bool settled = config.k == 0 || after.kth.position == INT_MAX;
         CriticalKeys& critical = critical_keys[warp];
-        if (!settled && !(truncated && after.cut.score > before.threshold)) {
+        if (!settled) {
           rank_between(between, critical, config.k, before.kth, after.kth,
                        [&](int c, RankedKey const& kth) { w.kth[r.chunks + c] = kth; });
           settled = thresholds_between(
-              between, critical, config.k, [&](int c) { return w.kth[r.chunks + c].score; },
+              between, critical, config.k, config.num_candidates,
+              [&](int c) { return w.kth[r.chunks + c].score; },
               [&](int c, float threshold) { shared.thresholds[c - chunk_base] = threshold; });
         }
         if (settled && config.rank_candidates && truncated) {
@@ -313,7 +423,8 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == kWideWarps ? 1 : kNarro
         }
         __syncwarp();
         for (int c = between.first_chunk; !settled && c < between.end_chunk; ++c) {
-          State const here = compute(marks.pool_end_of_chunk(c), state);
+          State const here =
+              PoolWalker(config, list, running, guess).start(marks.pool_end_of_chunk(c));
           if (lane == 0) {
             shared.thresholds[c - chunk_base] = here.threshold;
             store(c, here);
@@ -345,7 +456,11 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == kWideWarps ? 1 : kNarro
     __syncthreads();
     running = shared.running;
     state.threshold = running;
+    list.count = shared.size;
+    first += round_marks;
   }
+  if (!kShort && plan.writes_expiry)
+    write_expiry<kWarps * 32>(p, r, shared.kth, {scores, positions, 0}, shared.kept);
 }
 
 // Condenses the keys of each segment (kGroups: the candidates of each group of segments) to the candidates among them.
