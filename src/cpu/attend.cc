@@ -5,9 +5,9 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
-#include <new>
 #include <vector>
 
+#include "cpu/aligned.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/sequence.hpp"
 #include "cpu/thread_pool.hpp"
@@ -31,10 +31,6 @@ struct Task {
   std::int64_t first_tile, end_tile;
 };
 
-struct AlignedDelete {
-  void operator()(std::byte* p) const { ::operator delete[](p, std::align_val_t{kTileAlignment}); }
-};
-
 // Memory of one thread.
 class Worker {
  public:
@@ -45,8 +41,7 @@ class Worker {
         keys_(std::make_unique_for_overwrite<std::int32_t[]>(p.seq_len_k)),
         element_bytes_(static_cast<std::int64_t>(size_of(p.dtype))) {
     std::int64_t const rows = heads_per_pass_ * std::min(kTilePositions, p.seq_len_q);
-    workspace_.reset(static_cast<std::byte*>(::operator new[](
-        table.attend_workspace(p.head_dim, rows), std::align_val_t{kTileAlignment})));
+    workspace_ = make_aligned<std::byte>(table.attend_workspace(p.head_dim, rows));
     q_.resize(rows);
     out_.resize(rows);
     lse_.resize(rows);
@@ -187,7 +182,7 @@ class Worker {
   std::int64_t heads_per_pass_;
   std::unique_ptr<std::int32_t[]> keys_;
   std::int64_t element_bytes_;
-  std::unique_ptr<std::byte[], AlignedDelete> workspace_;
+  AlignedArray<std::byte> workspace_;
   std::vector<void const*> q_;
   std::vector<void*> out_;
   std::vector<float*> lse_;
@@ -235,12 +230,8 @@ void attend(Context const& context, AttendProblem const& p) {
   KernelTable const& table = kernels(active_isa());
   int const wanted = resolve_threads(context.num_threads, std::numeric_limits<int>::max());
   std::vector<Task> const tasks = make_tasks(p, wanted);
-  auto const num_tasks = static_cast<std::int64_t>(tasks.size());
-  if (num_tasks == 0) return;
-  TaskQueue queue(num_tasks);
-  run_on_threads(resolve_threads(context.num_threads, num_tasks), [&](int) {
-    Worker worker(p, table);
-    for (std::int64_t task; (task = queue.next()) >= 0;) worker.run(tasks[task]);
+  for_each_task(context.num_threads, static_cast<std::int64_t>(tasks.size()), [&] {
+    return [&tasks, worker = Worker(p, table)](std::int64_t t) mutable { worker.run(tasks[t]); };
   });
 }
 

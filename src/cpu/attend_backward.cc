@@ -14,10 +14,10 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <new>
 #include <utility>
 #include <vector>
 
+#include "cpu/aligned.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/sequence.hpp"
 #include "cpu/thread_pool.hpp"
@@ -63,16 +63,6 @@ struct Unit {
   std::int64_t first_run = 0, end_run = 0;  // in Job::runs
 };
 
-struct AlignedDelete {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{kTileAlignment}); }
-};
-using AlignedFloats = std::unique_ptr<float[], AlignedDelete>;
-
-AlignedFloats make_aligned(std::int64_t bytes) {
-  return AlignedFloats(static_cast<float*>(
-      ::operator new[](static_cast<std::size_t>(bytes), std::align_val_t{kTileAlignment})));
-}
-
 // What all threads share.
 struct Job {
   Job(AttendBackwardProblem const& problem, KernelTable const& kernels)
@@ -91,7 +81,7 @@ struct Job {
   std::vector<Unit> units;
   std::vector<Run> runs;
   // Partial gradients of keys that are visible across a cut; and which keys they are.
-  AlignedFloats partial;
+  AlignedArray<float> partial;
   std::unique_ptr<std::int32_t[]> partial_keys;
   // Per query position of each unit, the sum of the gates' gradients over its query heads.
   std::unique_ptr<float[]> gate_gradient;
@@ -231,10 +221,8 @@ void plan(Job& job, int num_threads) {
   for (Unit const& unit : job.units) num_tiles += ceil_div(unit.seq.num_queries, kTilePositions);
   std::int64_t const run_tiles = std::max(kMinRunTiles, ceil_div(num_tiles, kWantedRuns));
   auto const num_units = static_cast<std::int64_t>(job.units.size());
-  TaskQueue queue(num_units);
-  run_on_threads(num_threads, [&](int) {
-    for (std::int64_t u; (u = queue.next()) >= 0;) plan_unit(job.units[u], u, run_tiles);
-  });
+  for_each_task(num_threads, num_units,
+                [&] { return [&](std::int64_t u) { plan_unit(job.units[u], u, run_tiles); }; });
   std::int64_t num_partial = 0, gate_rows = 0;
   for (Unit& unit : job.units) {
     unit.first_run = static_cast<std::int64_t>(job.runs.size());
@@ -246,7 +234,7 @@ void plan(Job& job, int num_threads) {
     unit.end_run = static_cast<std::int64_t>(job.runs.size());
     gate_rows += unit.seq.num_queries;
   }
-  job.partial = make_aligned(num_partial * job.row_size * sizeof(float));
+  job.partial = make_aligned<float>(num_partial * job.row_size * sizeof(float));
   job.partial_keys = std::make_unique_for_overwrite<std::int32_t[]>(num_partial);
   if (job.wants_gate_gradient) {
     job.gate_gradient = std::make_unique_for_overwrite<float[]>(gate_rows);
@@ -264,7 +252,7 @@ class Worker {
         heads_per_pass_(
             std::max<std::int64_t>(1, std::min(kMaxTileRows / kTilePositions, p_.group))) {
     std::int64_t const rows = heads_per_pass_ * std::min(kTilePositions, p_.seq_len_q);
-    workspace_ = make_aligned(
+    workspace_ = make_aligned<float>(
         static_cast<std::int64_t>(job.table.attend_backward_workspace(p_.head_dim, rows)));
     q_.resize(rows);
     out_.resize(rows);
@@ -339,7 +327,7 @@ class Worker {
     }
     if (num_rows_ == capacity_) {
       std::int64_t const capacity = std::max<std::int64_t>(2 * capacity_, 4 * kTilePositions);
-      AlignedFloats larger = make_aligned(capacity * job_.row_size * sizeof(float));
+      AlignedArray<float> larger = make_aligned<float>(capacity * job_.row_size * sizeof(float));
       std::copy_n(gradients_.get(), num_rows_ * job_.row_size, larger.get());
       gradients_ = std::move(larger);
       capacity_ = capacity;
@@ -478,7 +466,7 @@ class Worker {
   Job& job_;
   AttendProblem const& p_;
   std::int64_t heads_per_pass_;
-  AlignedFloats workspace_;
+  AlignedArray<float> workspace_;
   std::vector<void const*> q_, out_, dout_;
   std::vector<void*> dq_;
   std::vector<float> lse_, threshold_, interior_end_, gate_gradient_;
@@ -488,7 +476,7 @@ class Worker {
   Unit const* unit_ = nullptr;
   std::vector<std::int32_t> keys_, rows_;  // the keys of the tile and their rows of gradients_
   std::vector<std::int32_t> free_rows_;
-  AlignedFloats gradients_;
+  AlignedArray<float> gradients_;
   std::int32_t num_rows_ = 0;  // of gradients_ that have been in use
   std::int64_t capacity_ = 0;
   std::int64_t next_key_ = 0;  // keys before it have been considered
@@ -552,25 +540,17 @@ void add_threshold_gradients(Job const& job, Unit const& unit) {
 
 void attend_backward(Context const& context, AttendBackwardProblem const& problem) {
   Job job(problem, kernels(active_isa()));
-  auto const for_all = [&](std::int64_t num_tasks, auto const& make_body) {
-    if (num_tasks == 0) return;
-    TaskQueue queue(num_tasks);
-    run_on_threads(resolve_threads(context.num_threads, num_tasks), [&](int) {
-      auto body = make_body();
-      for (std::int64_t task; (task = queue.next()) >= 0;) body(task);
-    });
-  };
-  plan(job,
-       resolve_threads(context.num_threads, problem.forward.batch * problem.forward.num_kv_heads));
+  plan(job, context.num_threads);
   auto const num_runs = static_cast<std::int64_t>(job.runs.size());
   auto const num_units = static_cast<std::int64_t>(job.units.size());
-  for_all(num_runs, [&] {
+  for_each_task(context.num_threads, num_runs, [&] {
     return [&job, worker = Worker(job)](std::int64_t r) mutable { worker.run(job.runs[r]); };
   });
-  for_all(num_runs == num_units ? 0 : num_runs,
-          [&] { return [&](std::int64_t r) { combine_partials(job, r); }; });
-  for_all(job.wants_gate_gradient ? num_units : 0,
-          [&] { return [&](std::int64_t u) { add_threshold_gradients(job, job.units[u]); }; });
+  for_each_task(context.num_threads, num_runs == num_units ? 0 : num_runs,
+                [&] { return [&](std::int64_t r) { combine_partials(job, r); }; });
+  for_each_task(context.num_threads, job.wants_gate_gradient ? num_units : 0, [&] {
+    return [&](std::int64_t u) { add_threshold_gradients(job, job.units[u]); };
+  });
 }
 
 }  // namespace sparsek::cpu

@@ -7,9 +7,9 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <new>
 #include <vector>
 
+#include "cpu/aligned.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/min_heap.hpp"
 #include "cpu/prefix_threshold.hpp"
@@ -24,10 +24,6 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Tokens of one run, and rows (tokens x query heads) handed to the kernels at once; as in attend.
 constexpr std::int64_t kMaxRunTokens = 128;
 constexpr std::int64_t kMaxTileRows = 512;
-
-struct AlignedDelete {
-  void operator()(std::byte* p) const { ::operator delete[](p, std::align_val_t{kTileAlignment}); }
-};
 
 // One KV head's part of a state block (decode.hpp has its layout).
 class HeadState {
@@ -106,8 +102,7 @@ class Worker {
     if (!p.q) return;
     heads_per_pass_ = std::clamp<std::int64_t>(kMaxTileRows / max_run(), 1, p.group);
     std::int64_t const rows = heads_per_pass_ * max_run();
-    workspace_.reset(static_cast<std::byte*>(::operator new[](
-        table.attend_workspace(p.head_dim, rows), std::align_val_t{kTileAlignment})));
+    workspace_ = make_aligned<std::byte>(table.attend_workspace(p.head_dim, rows));
     q_.resize(rows);
     out_.resize(rows);
     lse_.resize(rows);
@@ -341,7 +336,7 @@ class Worker {
   std::int64_t heads_per_pass_ = 1;
   std::unique_ptr<Selected[]> selected_;
   std::unique_ptr<std::int32_t[]> saturated_, interior_;
-  std::unique_ptr<std::byte[], AlignedDelete> workspace_;
+  AlignedArray<std::byte> workspace_;
   std::vector<void const*> q_;
   std::vector<void*> out_;
   std::vector<float*> lse_;
@@ -356,13 +351,10 @@ class Worker {
 
 void decode(Context const& context, DecodeProblem const& p) {
   KernelTable const& table = kernels(active_isa());
-  std::int64_t const num_tasks = p.batch * p.num_kv_heads;
-  TaskQueue queue(num_tasks);
-  run_on_threads(resolve_threads(context.num_threads, num_tasks), [&](int) {
-    Worker worker(p, table);
-    for (std::int64_t task; (task = queue.next()) >= 0;) {
-      worker.run(task / p.num_kv_heads, task % p.num_kv_heads);
-    }
+  for_each_task(context.num_threads, p.batch * p.num_kv_heads, [&] {
+    return [&p, worker = Worker(p, table)](std::int64_t t) mutable {
+      worker.run(t / p.num_kv_heads, t % p.num_kv_heads);
+    };
   });
 }
 

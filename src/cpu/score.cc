@@ -15,9 +15,8 @@ void key_norm_scores(Context const& context, ScoreProblem const& p) {
   std::int64_t const num_tasks = p.batch * p.num_kv_heads * ranges;
   auto const element_bytes = static_cast<std::int64_t>(size_of(p.dtype));
   KernelTable const& table = kernels(active_isa());
-  TaskQueue queue(num_tasks);
-  run_on_threads(resolve_threads(context.num_threads, num_tasks), [&](int) {
-    for (std::int64_t task; (task = queue.next()) >= 0;) {
+  for_each_task(context.num_threads, num_tasks, [&] {
+    return [&](std::int64_t task) {
       std::int64_t const row = task / ranges;
       std::int64_t const b = row / p.num_kv_heads, h = row % p.num_kv_heads;
       Sequence const seq = key_sequence(b, p.seq_len, 1, p.lengths, p.cu_seqlens_k);
@@ -35,7 +34,7 @@ void key_norm_scores(Context const& context, ScoreProblem const& p) {
                              scores + begin * p.stride_scores_position, p.stride_scores_position);
       }
       for (std::int64_t j = valid_end; j < end; ++j) scores[j * p.stride_scores_position] = 0.0F;
-    }
+    };
   });
 }
 

@@ -97,14 +97,12 @@ void select_row(SelectProblem const& p, Row const& row, std::int64_t num_selecte
 }  // namespace
 
 void select(Context const& context, SelectProblem const& p) {
-  std::int64_t const num_rows = p.batch * p.num_kv_heads;
   // A pool never holds more than seq_len keys; larger k and M mean the same as seq_len.
   std::int64_t const num_selected = std::min(p.num_selected, p.seq_len);
   std::int64_t const num_candidates = std::min(p.num_candidates, p.seq_len);
-  TaskQueue queue(num_rows);
-  run_on_threads(resolve_threads(context.num_threads, num_rows), [&](int) {
-    Workspace workspace(num_selected, num_candidates);
-    for (std::int64_t task; (task = queue.next()) >= 0;) {
+  for_each_task(context.num_threads, p.batch * p.num_kv_heads, [&] {
+    return [&p, num_selected, num_candidates,
+            workspace = Workspace(num_selected, num_candidates)](std::int64_t task) mutable {
       std::int64_t const b = task / p.num_kv_heads, h = task % p.num_kv_heads;
       Sequence const seq = key_sequence(b, p.seq_len, p.chunk_size, p.lengths, p.cu_seqlens_k);
       std::int64_t const chunk_offset =
@@ -120,7 +118,7 @@ void select(Context const& context, SelectProblem const& p) {
           .last_candidate = p.last_candidate ? p.last_candidate + chunk_offset : nullptr,
       };
       select_row(p, row, num_selected, num_candidates, workspace);
-    }
+    };
   });
 }
 

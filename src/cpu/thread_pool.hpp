@@ -34,4 +34,17 @@ class TaskQueue {
   std::atomic<std::int64_t> next_{0};
 };
 
+// Runs tasks 0 ... num_tasks - 1 on as many threads as Context::num_threads allows. Each thread calls
+// make_body() once, which may hold what a thread needs of its own, and the result with one task
+// after another.
+template <typename MakeBody>
+void for_each_task(int num_threads, std::int64_t num_tasks, MakeBody const& make_body) {
+  if (num_tasks == 0) return;
+  TaskQueue queue(num_tasks);
+  run_on_threads(resolve_threads(num_threads, num_tasks), [&](int) {
+    auto body = make_body();
+    for (std::int64_t task; (task = queue.next()) >= 0;) body(task);
+  });
+}
+
 }  // namespace sparsek::cpu
