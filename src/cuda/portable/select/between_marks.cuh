@@ -1,15 +1,17 @@
 // The states of the chunks between two marks, from the states at the marks: one lane per chunk.
 //
-// Between two marks at most kMarkSpan keys enter the pool, so little changes: the k-th key moves past at most as many old keys, and
-// the threshold moves from one known value to another. An old key that is saturated (or interior, or outside) at both ends is so in between.
-// What remains are few *critical* keys, which every lane goes through for its own chunk.
+// Between two marks at most kMarkSpan keys enter the pool, so little changes: the k-th key moves
+// past at most as many old keys, and the threshold moves from one known value to another. An old
+// key that is saturated (or interior, or outside) at both ends is so in between. What remains are
+// few *critical* keys, which every lane goes through for its own chunk.
 #pragma once
 #include "cuda/portable/select/walk.cuh"
 
 namespace sparsek::cuda::portable {
 
-// Critical keys that fit. NOTE: at most 2 * kMarkSpan + 1 keys are critical for a rank; for the threshold there is no such bound, and
-// where they do not fit the caller computes each state on its own.
+// Critical keys that fit. NOTE: at most 2 * kMarkSpan + 1 keys are critical for a rank; for the
+// threshold there is no such bound, and where they do not fit the caller computes each state on its
+// own.
 inline constexpr int kCriticalKeys = 2 * kMarkSpan + 32;
 inline constexpr int kChunksPerLane = kMarkSpan / 32;
 
@@ -32,14 +34,15 @@ struct BetweenMarks {
   }
 };
 
-// store(chunk, key): the `rank`-th ranked key of each chunk's pool, where the pool has more than `rank` keys. `first` and `last` are those of the
-// marks.
+// store(chunk, key): the `rank`-th ranked key of each chunk's pool, where the pool has more than
+// `rank` keys. `first` and `last` are those of the marks.
 template <typename Store>
 __device__ void rank_between(BetweenMarks const& m, CriticalKeys& critical, int rank,
                              RankedKey const& first, RankedKey const& last, Store store) {
   int const lane = threadIdx.x % 32;
   unsigned const lower_lanes = (1u << lane) - 1;
-  // Old keys that rank before `last` are ahead of the rank-th key in every pool; those after `first` are behind it.
+  // Old keys that rank before `last` are ahead of the rank-th key in every pool; those after
+  // `first` are behind it.
   int ahead = 0, n = 0;
   __syncwarp();
   for (int base = 0; base < m.list.count; base += 32) {
@@ -97,8 +100,9 @@ __device__ void rank_between(BetweenMarks const& m, CriticalKeys& critical, int 
   }
 }
 
-// store(chunk, threshold) for each chunk whose pool has more than k keys; kth_score(chunk) is its k-th score. False if the critical keys do not
-// fit, or if more than `num_candidates` keys lie above the first threshold: then it matters which are candidates.
+// store(chunk, threshold) for each chunk whose pool has more than k keys; kth_score(chunk) is its
+// k-th score. False if the critical keys do not fit, or if more than `num_candidates` keys lie
+// above the first threshold: then it matters which are candidates.
 template <typename KthScore, typename Store>
 __device__ bool thresholds_between(BetweenMarks const& m, CriticalKeys& critical, int k,
                                    int num_candidates, KthScore kth_score, Store store) {
@@ -109,8 +113,8 @@ __device__ bool thresholds_between(BetweenMarks const& m, CriticalKeys& critical
   float const high = nextafterf(m.after.threshold, INFINITY);
   float const low_plus_one = __double2float_rd(static_cast<double>(low) + 1.0);
   float const high_plus_one = __double2float_ru(static_cast<double>(high) + 1.0);
-  // Of the old keys: sums over those that are not critical. New ones that are not critical are kept from the end of the buffer
-  // backwards; they count from their own position on.
+  // Of the old keys: sums over those that are not critical. New ones that are not critical are kept
+  // from the end of the buffer backwards; they count from their own position on.
   int all_saturated = 0, all_interior = 0;
   double all_sum = 0.0;
   int n = 0, settled = 0;

@@ -1,5 +1,6 @@
-// Order statistics and the SPARSEK threshold of a list of candidates, computed by a team of threads: one warp or
-// a whole block. All threads of the team call with the same arguments and get the same result.
+// Order statistics and the SPARSEK threshold of a list of candidates, computed by a team of
+// threads: one warp or a whole block. All threads of the team call with the same arguments and get
+// the same result.
 #pragma once
 #include <cfloat>
 #include <climits>
@@ -85,8 +86,9 @@ class BlockTeam {
   Exchange* exchange_;
 };
 
-// The bin that holds the `rank`-th key (1-based) counted from the last bin down: its number, how many keys lie above it and in
-// it. Every warp of the team does the same from the finished histogram.
+// The bin that holds the `rank`-th key (1-based) counted from the last bin down: its number, how
+// many keys lie above it and in it. Every warp of the team does the same from the finished
+// histogram.
 struct Bin {
   int index, above, count;
 };
@@ -100,7 +102,8 @@ __device__ inline Bin find_bin(int const* bins, int rank) {
     if (lane >= d) before += other;
   }
   before -= total;
-  // Exactly one lane has it (none only if the histogram is short of `rank` keys, which finite scores exclude).
+  // Exactly one lane has it (none only if the histogram is short of `rank` keys, which finite
+  // scores exclude).
   unsigned const owners = __ballot_sync(~0u, before < rank && rank <= before + total);
   int const owner = owners ? __ffs(owners) - 1 : 31;
   Bin bin{(31 - lane) * 4 + 3, before, mine.w};
@@ -111,7 +114,8 @@ __device__ inline Bin find_bin(int const* bins, int rank) {
           __shfl_sync(~0u, bin.count, owner)};
 }
 
-// One round: the histogram of bin_of(i) over the list (negative: not counted), and the bin of the `rank`-th key.
+// One round: the histogram of bin_of(i) over the list (negative: not counted), and the bin of the
+// `rank`-th key.
 template <typename Team, typename BinOf>
 __device__ inline Bin histogram_round(Team const& team, int count, int rank, BinOf bin_of) {
   int* const bins = team.scratch().bins;
@@ -162,7 +166,8 @@ __device__ inline RankedKey rank_few(Team const& team, float const* scores, int 
   return found;
 }
 
-// select_ranked among the keys whose ordered scores lie in [first, last]. Not inlined: rarely taken, and hungry for registers.
+// select_ranked among the keys whose ordered scores lie in [first, last]. Not inlined: rarely
+// taken, and hungry for registers.
 template <typename Team>
 __device__ __noinline__ RankedKey select_in_range(Team team, float const* scores,
                                                   int const* positions, int count, int rank,
@@ -210,11 +215,12 @@ __device__ __noinline__ RankedKey select_in_range(Team team, float const* scores
   }
 }
 
-// The `rank`-th ranked key (1-based) of a list of at least `rank` keys. Only keys with scores in [low, high] take part; at least
-// `rank` do, and none lies above high.
+// The `rank`-th ranked key (1-based) of a list of at least `rank` keys. Only keys with scores in
+// [low, high] take part; at least `rank` do, and none lies above high.
 //
-// Radix selection with digits fitted to the range that is left. The first round divides [low, high] evenly, which suits
-// scores of any smooth distribution; the following ones divide the ordered integers, which always ends.
+// Radix selection with digits fitted to the range that is left. The first round divides [low, high]
+// evenly, which suits scores of any smooth distribution; the following ones divide the ordered
+// integers, which always ends.
 template <typename Team>
 __device__ RankedKey select_ranked(Team const& team, float const* scores, int const* positions,
                                    int count, int rank, float low, float high) {
@@ -222,8 +228,8 @@ __device__ RankedKey select_ranked(Team const& team, float const* scores, int co
   float const offset = -low * scale;
   auto const linear_bin = [&](int i) {
     float const u = scores[i];
-    // NOTE: every step is monotone, so bins never swap keys. The sum's last bits are the product rounded to an integer, which
-    // saves a slow conversion.
+    // NOTE: every step is monotone, so bins never swap keys. The sum's last bits are the product
+    // rounded to an integer, which saves a slow conversion.
     float const rounded = fmaf(__saturatef(fmaf(u, scale, offset)), kBins - 1, 0x1.8p23f);
     return u >= low ? __float_as_int(rounded) & (kBins - 1) : -1;
   };
@@ -250,15 +256,16 @@ __device__ inline int count_above(Team const& team, float const* scores, int cou
   return team.sum(above);
 }
 
-// What truncates a list to its first num_candidates keys: those above `floor`, and `num_at_floor` of those equal to it.
+// What truncates a list to its first num_candidates keys: those above `floor`, and `num_at_floor`
+// of those equal to it.
 struct Truncation {
   float floor = -INFINITY;
   int num_at_floor = 0;
 };
 
-// A thread's share of the sum over a list at one trial value of tau: how many scores lie above tau and above tau + 1, and the sum of
-// those between.
-// NOTE: written with predicates because the compiler makes selects and moves of it, 11 instructions instead of 7.
+// A thread's share of the sum over a list at one trial value of tau: how many scores lie above tau
+// and above tau + 1, and the sum of those between. NOTE: written with predicates because the
+// compiler makes selects and moves of it, 11 instructions instead of 7.
 struct ClippedSum {
   int positive = 0, saturated = 0;
   float sum = 0.0f, rest = 0.0f;
@@ -280,8 +287,8 @@ struct ClippedSum {
         : "f"(u), "f"(zero), "f"(one), "f"(kth));
   }
 
-  // Adds u - on_grid(kth). u is split at a grid of 2^-12: the coarse part's sums are exact for kExactAdds scores (they span at most 2),
-  // and the fine part's errors lie far below an ulp.
+  // Adds u - on_grid(kth). u is split at a grid of 2^-12: the coarse part's sums are exact for
+  // kExactAdds scores (they span at most 2), and the fine part's errors lie far below an ulp.
   static constexpr int kExactAdds = 1024;
   __device__ static float on_grid(float u) { return __fsub_rn(__fadd_rn(u, 0x1.8p11f), 0x1.8p11f); }
   __device__ void add_exactly(float u, float zero, float one, float kth_on_grid) {
@@ -304,12 +311,14 @@ struct ClippedSum {
   }
 };
 
-// The stored threshold: sup{tau : sum_j clip(u_j - tau, 0, 1) >= k} over the (truncated) list, rounded down, below kth.
+// The stored threshold: sup{tau : sum_j clip(u_j - tau, 0, 1) >= k} over the (truncated) list,
+// rounded down, below kth.
 //
-// With t = tau - kth in [-1, 0), the sum is a non-increasing, piecewise linear function of t: saturated + sum of the interior
-// keys' (u_j - kth) - interior * t. Newton steps within a bracket; they end when a step falls on the piece that it came from, which is
-// then the exact solution. `low`: a value that the threshold is known not to lie below; `guess`: where to begin, as t.
-// The first two passes round as floats do; the later ones, with the one that decides, do not.
+// With t = tau - kth in [-1, 0), the sum is a non-increasing, piecewise linear function of t:
+// saturated + sum of the interior keys' (u_j - kth) - interior * t. Newton steps within a bracket;
+// they end when a step falls on the piece that it came from, which is then the exact solution.
+// `low`: a value that the threshold is known not to lie below; `guess`: where to begin, as t. The
+// first two passes round as floats do; the later ones, with the one that decides, do not.
 template <typename Team>
 __device__ float solve_threshold(Team const& team, float const* scores, int count, int k, float kth,
                                  Truncation const& truncation, float low, double guess) {

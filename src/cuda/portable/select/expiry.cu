@@ -1,7 +1,8 @@
 // From the k-th ranked key of every pool to the expiry of every key: one thread per key.
 //
-// A key leaves at the first chunk whose pool holds it and whose k-th key ranks before it. The k-th keys never fall in rank as
-// pools grow, so the chunk is found by bisection. Most keys never enter the first k: their first chunk settles it.
+// A key leaves at the first chunk whose pool holds it and whose k-th key ranks before it. The k-th
+// keys never fall in rank as pools grow, so the chunk is found by bisection. Most keys never enter
+// the first k: their first chunk settles it.
 #include "cuda/portable/select/geometry.cuh"
 #include "cuda/portable/select/plan.hpp"
 

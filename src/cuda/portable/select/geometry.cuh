@@ -1,9 +1,10 @@
 // Where a row's keys, chunks and pools lie. A row is one KV head of one sequence.
 //
-// Pools grow with the chunks: P_c = [0, b_c), b_c = max(0, c * C - w). States are computed at *marks* first, by one warp each.
-// Every chunk border is a mark where C is at least kMarkSpan; chunks longer than kMaxMarkSpan have extra marks inside, at which the
-// candidate list is trimmed, so that it stays short. Of shorter chunks every n-th border is a mark; the states between two marks follow
-// from theirs (between_marks.cuh).
+// Pools grow with the chunks: P_c = [0, b_c), b_c = max(0, c * C - w). States are computed at
+// *marks* first, by one warp each. Every chunk border is a mark where C is at least kMarkSpan;
+// chunks longer than kMaxMarkSpan have extra marks inside, at which the candidate list is trimmed,
+// so that it stays short. Of shorter chunks every n-th border is a mark; the states between two
+// marks follow from theirs (between_marks.cuh).
 #pragma once
 #include <cfloat>
 #include <cstdint>
@@ -54,7 +55,8 @@ __device__ inline Row row_of(SelectProblem const& p, int row) {
   return r;
 }
 
-// A score as everything here sees it: finite, so that +-inf can serve as sentinels and no comparison meets a NaN.
+// A score as everything here sees it: finite, so that +-inf can serve as sentinels and no
+// comparison meets a NaN.
 __device__ inline float sanitized(float u) { return fminf(fmaxf(u, -FLT_MAX), FLT_MAX); }
 
 // Marks are numbered from 1; pool_end(0) is 0. `count` marks reach the row's last pool.

@@ -1,4 +1,5 @@
-// How a selection is cut into blocks and what memory it takes: a pure function of problem and device.
+// How a selection is cut into blocks and what memory it takes: a pure function of problem and
+// device.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -45,8 +46,8 @@ struct SelectWorkspace {
   // Candidate lists that do not fit in shared memory, and copies of lists while they are sorted.
   float *list_score, *spare_score;
   int *list_position, *spare_position;
-  // With several segments: the candidates of each segment and of each group, at the offset of their first key; their
-  // numbers; and what each block gathers from them.
+  // With several segments: the candidates of each segment and of each group, at the offset of their
+  // first key; their numbers; and what each block gathers from them.
   float *segment_score, *group_score, *start_score;
   int *segment_position, *group_position, *start_position;
   int *segment_count, *group_count;

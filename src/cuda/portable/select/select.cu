@@ -25,8 +25,8 @@ SelectPlan plan_select(SelectProblem const& p, DeviceProperties const& device) {
   plan.num_keys = (packed ? 1 : p.batch) * p.num_kv_heads * p.seq_len;
   plan.num_chunks = (packed ? 1 : p.batch) * p.num_kv_heads * p.num_chunks;
 
-  // Rows enough for every multiprocessor: one narrow block each, several side by side. Else wide blocks, and several of them on a
-  // row where it is long enough.
+  // Rows enough for every multiprocessor: one narrow block each, several side by side. Else wide
+  // blocks, and several of them on a row where it is long enough.
   plan.num_segments = static_cast<int>(std::clamp<std::int64_t>(
       p.seq_len / kMinSegment, 1, std::max(1, device.num_sms / std::max(1, plan.rows))));
   plan.num_warps = plan.rows >= 2 * device.num_sms ? kNarrowWarps : kWideWarps;

@@ -1,4 +1,5 @@
-// Selection on the GPU: expiry, threshold and last_candidate from scores. docs/kernels/select_sm90.md has the account.
+// Selection on the GPU: expiry, threshold and last_candidate from scores.
+// docs/kernels/select_sm90.md has the account.
 #pragma once
 #include <cstddef>
 

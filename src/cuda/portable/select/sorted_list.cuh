@@ -1,10 +1,12 @@
-// A block's candidate list, sorted by rank: larger scores first, equal scores: the smaller position first. New keys are inserted by
-// sorting the list anew.
+// A block's candidate list, sorted by rank: larger scores first, equal scores: the smaller position
+// first. New keys are inserted by sorting the list anew.
 //
-// The sort: keys are counted into bins that divide the range of their scores evenly, scattered to their bins, and ranked within them,
-// which takes a few steps where bins hold a few keys, as they do for scores of any smooth distribution. Where a bin overflows (ties,
-// clusters, outliers), the block sorts by compare-exchange steps instead. Lists that do not fit in shared memory are merged with the
-// sorted new keys, so that a round costs no more than a few passes over the list however long it is.
+// The sort: keys are counted into bins that divide the range of their scores evenly, scattered to
+// their bins, and ranked within them, which takes a few steps where bins hold a few keys, as they
+// do for scores of any smooth distribution. Where a bin overflows (ties, clusters, outliers), the
+// block sorts by compare-exchange steps instead. Lists that do not fit in shared memory are merged
+// with the sorted new keys, so that a round costs no more than a few passes over the list however
+// long it is.
 #pragma once
 #include "cuda/portable/select/candidates.cuh"
 #include "cuda/portable/select/plan.hpp"
@@ -35,7 +37,8 @@ __device__ inline int nth_bit(unsigned mask, int rank) {
   return __ffs(__ballot_sync(~0u, mine)) - 1;
 }
 
-// Sorting network of any size: all exchanges put the better key first, so missing partners count as the worst.
+// Sorting network of any size: all exchanges put the better key first, so missing partners count as
+// the worst.
 template <int kThreads>
 __device__ __noinline__ void sort_by_exchange(SortedList list) {
   auto const exchange = [&](int i, int j) {
@@ -62,8 +65,8 @@ __device__ __noinline__ void sort_by_exchange(SortedList list) {
   }
 }
 
-// use(score, position) for every key that load(i, score, position) lets through, i = 0 ... count - 1. A few are loaded together, so that
-// their latencies overlap.
+// use(score, position) for every key that load(i, score, position) lets through, i = 0 ... count -
+// 1. A few are loaded together, so that their latencies overlap.
 template <int kThreads, typename Load, typename Use>
 __device__ void for_each_batch(int count, Load load, Use use) {
   constexpr int kBatch = 4;
@@ -83,9 +86,10 @@ __device__ void for_each_batch(int count, Load load, Use use) {
   }
 }
 
-// Both functions below make the list of its first `old` entries, sorted, and the new keys: load(i, score, position) for i = 0 ...
-// num_new - 1 says which of them enter. They set list.count; all threads of the block call them. `spare` has room for a copy of
-// the list, and of its first `old` entries, respectively.
+// Both functions below make the list of its first `old` entries, sorted, and the new keys: load(i,
+// score, position) for i = 0 ... num_new - 1 says which of them enter. They set list.count; all
+// threads of the block call them. `spare` has room for a copy of the list, and of its first `old`
+// entries, respectively.
 
 // Where the list is in global memory.
 template <int kWarps, typename Load>

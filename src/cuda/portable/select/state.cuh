@@ -52,8 +52,8 @@ __device__ __noinline__ RankedKey select_cut(Team team, float const* scores, int
   return select_ranked(team, scores, positions, count, rank, low, high);
 }
 
-// The state of a pool of `pool` keys, of which the list holds all that matter. `before`: a state of an earlier pool; every score lies
-// in [low, high]; `guess`: threshold - k-th score, roughly.
+// The state of a pool of `pool` keys, of which the list holds all that matter. `before`: a state of
+// an earlier pool; every score lies in [low, high]; `guess`: threshold - k-th score, roughly.
 template <typename Team>
 __device__ State state_of(Team const& team, Config const& config, float const* scores,
                           int const* positions, int count, int pool, State const& before, float low,

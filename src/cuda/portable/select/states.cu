@@ -1,15 +1,18 @@
 // The state of every chunk's pool: its k-th ranked key, its threshold and its last candidate.
 //
-// A block streams one row (or a segment of it) in rounds of a few marks (geometry.cuh). It keeps a list of the keys that can still
-// matter, sorted by rank: since thresholds never fall, those above the last threshold, and of these at most num_candidates. A round
+// A block streams one row (or a segment of it) in rounds of a few marks (geometry.cuh). It keeps a
+// list of the keys that can still matter, sorted by rank: since thresholds never fall, those above
+// the last threshold, and of these at most num_candidates. A round
 //   1. inserts its keys that lie above the last threshold (sorted_list.cuh),
-//   2. computes the states of its marks, a run of marks by each warp, which walks the list from mark to mark (walk.cuh),
-//   3. cuts the list off where keys no longer matter.
-// Warps work independently in step 2. Where a block has all of a row and chunks are not short, it writes expiry in the end.
+//   2. computes the states of its marks, a run of marks by each warp, which walks the list from
+//      mark to mark (walk.cuh),
+//   3. cuts the list off where keys no longer matter. Warps work independently in step 2. Where a
+//      block has all of a row and chunks are not short, it writes expiry in the end.
 //
-// Few long rows: each row is cut into segments, one block each. A block needs the candidates of everything before its segment, and candidates of
-// a union are candidates of its parts. So (a) each segment, then (b) each group of segments is condensed to its candidates, and (c) a
-// block starts from the lists of the groups and segments before it.
+// Few long rows: each row is cut into segments, one block each. A block needs the candidates of
+// everything before its segment, and candidates of a union are candidates of its parts. So (a) each
+// segment, then (b) each group of segments is condensed to its candidates, and (c) a block starts
+// from the lists of the groups and segments before it.
 #include "cuda/portable/select/between_marks.cuh"
 #include "cuda/portable/select/candidates.cuh"
 #include "cuda/portable/select/plan.hpp"
@@ -24,9 +27,10 @@ constexpr int kCondenseThreads = 512;
 constexpr int kPerThread = 4;  // keys that a thread moves per tile of a compaction
 constexpr int kBatch = 4;      // scores that a thread loads together
 
-// Appends the keys that load(i, score, position) lets through, i = 0 ... count - 1, in this order, at list[size ...], and
-// returns the new size. Ends with its writes not yet visible to other threads.
-// NOTE: works in place: a tile is read before its barrier and written after it, no further than it was read.
+// Appends the keys that load(i, score, position) lets through, i = 0 ... count - 1, in this order,
+// at list[size ...], and returns the new size. Ends with its writes not yet visible to other
+// threads. NOTE: works in place: a tile is read before its barrier and written after it, no further
+// than it was read.
 template <int kWarps>
 struct Compaction {
   int tile_counts[2][kWarps];
@@ -115,8 +119,9 @@ struct StatesShared {
   int size;                 // of the list that the next round starts with
 };
 
-// Expiry of a row from the k-th keys of its chunks: a key leaves at the first chunk whose pool holds it and whose k-th key ranks before
-// it, and k-th keys only rise. For most keys that is the first chunk; the others are queued, so that whole warps search.
+// Expiry of a row from the k-th keys of its chunks: a key leaves at the first chunk whose pool
+// holds it and whose k-th key ranks before it, and k-th keys only rise. For most keys that is the
+// first chunk; the others are queued, so that whole warps search.
 template <int kThreads>
 __device__ void write_expiry(SelectProblem const& p, Row const& r, RankedKey const* kth,
                              SortedList queue, int& queued) {
@@ -463,7 +468,8 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == kWideWarps ? 1 : kNarro
     write_expiry<kWarps * 32>(p, r, shared.kth, {scores, positions, 0}, shared.kept);
 }
 
-// Condenses the keys of each segment (kGroups: the candidates of each group of segments) to the candidates among them.
+// Condenses the keys of each segment (kGroups: the candidates of each group of segments) to the
+// candidates among them.
 template <bool kGroups>
 __global__ void __launch_bounds__(kCondenseThreads)
     condense_kernel(SelectProblem p, SelectPlan plan, SelectWorkspace w) {
@@ -524,8 +530,8 @@ __global__ void __launch_bounds__(kCondenseThreads)
   if (threadIdx.x == 0) (kGroups ? w.group_count : w.segment_count)[blockIdx.x] = size;
 }
 
-// Thresholds never fall from segment to segment either. One block per segment; the last threshold of a segment may rise while others read
-// it, to the maximum that they take anyway.
+// Thresholds never fall from segment to segment either. One block per segment; the last threshold
+// of a segment may rise while others read it, to the maximum that they take anyway.
 __global__ void raise_kernel(SelectProblem p, SelectPlan plan) {
   int const row = blockIdx.x / plan.num_segments, index = blockIdx.x % plan.num_segments;
   Row const r = row_of(p, row);

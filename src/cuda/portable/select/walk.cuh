@@ -1,7 +1,9 @@
-// The state of one pool after another, by a warp, over a sorted list: the k-th ranked key and the threshold move little when keys are
-// added, so each is a place in the list that is walked on from mark to mark.
+// The state of one pool after another, by a warp, over a sorted list: the k-th ranked key and the
+// threshold move little when keys are added, so each is a place in the list that is walked on from
+// mark to mark.
 //
-// A pool is the entries of the list whose position is less than `pool`; keys that rank after all of the list matter to nobody.
+// A pool is the entries of the list whose position is less than `pool`; keys that rank after all of
+// the list matter to nobody.
 #pragma once
 #include <cfloat>
 #include <climits>
@@ -11,7 +13,8 @@
 
 namespace sparsek::cuda::portable {
 
-// How many of the entries [0, count) come before the first for which not holds(i); by a warp, 32 probes at a time.
+// How many of the entries [0, count) come before the first for which not holds(i); by a warp, 32
+// probes at a time.
 template <typename Holds>
 __device__ int count_prefix(int count, Holds holds) {
   int const lane = threadIdx.x % 32;
@@ -69,7 +72,8 @@ struct RankWalker {
   }
 };
 
-// The stored threshold: rounded down, below the k-th score. The sums' rounding errors lie far below the margin.
+// The stored threshold: rounded down, below the k-th score. The sums' rounding errors lie far below
+// the margin.
 __device__ inline float rounded_threshold(double tau, float kth) {
   double const margin = (fabs(tau) + 1.0) * 0x1p-42;
   return fminf(__double2float_rd(tau - margin), nextafterf(kth, -INFINITY));
@@ -77,9 +81,10 @@ __device__ inline float rounded_threshold(double tau, float kth) {
 
 // tau = sup{tau : sum_j clip(u_j - tau, 0, 1) >= k} over the pool's entries before `limit`.
 //
-// The sum is a non-increasing, piecewise linear function of tau: `saturated` + `sum` - `interior` * tau, where the saturated entries
-// [0, first_interior) have u > tau + 1 and the interior ones [first_interior, end) have u > tau. Newton steps within a bracket; a
-// step that crosses no entry is the exact solution.
+// The sum is a non-increasing, piecewise linear function of tau: `saturated` + `sum` - `interior` *
+// tau, where the saturated entries [0, first_interior) have u > tau + 1 and the interior ones
+// [first_interior, end) have u > tau. Newton steps within a bracket; a step that crosses no entry
+// is the exact solution.
 struct ThresholdWalker {
   double tau = INFINITY;                  // where it stands
   float zero = INFINITY, one = INFINITY;  // u > tau if and only if u > zero; u > tau + 1 if u > one
@@ -157,14 +162,16 @@ struct ThresholdWalker {
         if (entering != ~0u) break;
       }
     }
-    // NOTE: entries cross one boundary or the other in one direction, so equal numbers mean that none did.
+    // NOTE: entries cross one boundary or the other in one direction, so equal numbers mean that
+    // none did.
     if (saturated == old_saturated && interior == old_interior && !from_nowhere) return false;
     for (int d = 16; d > 0; d /= 2) change += __shfl_xor_sync(~0u, change, d);
     sum += change;
     return true;
   }
 
-  // Whether no entry of the list, in the pool or not, lies between tau or tau + 1 and where `next` would put them.
+  // Whether no entry of the list, in the pool or not, lies between tau or tau + 1 and where `next`
+  // would put them.
   __device__ bool crosses_nothing(SortedList const& list, int limit, double next) const {
     float const next_zero = __double2float_rd(next), next_one = __double2float_rd(next + 1.0);
     auto const above = [&](int i, float bound) { return list.scores[i] > bound; };
@@ -174,7 +181,8 @@ struct ThresholdWalker {
            (first_interior >= limit || !above(first_interior, next_one));
   }
 
-  // The stored threshold of the pool, whose k-th score is `kth`: rounded down, below kth. `guess`: where to begin if nothing is known.
+  // The stored threshold of the pool, whose k-th score is `kth`: rounded down, below kth. `guess`:
+  // where to begin if nothing is known.
   __device__ float solve(SortedList const& list, int pool, int limit, int k, float kth,
                          double least, double guess) {
     // NOTE: below kth even where a float is more than 1 wide, so that the k-th key itself stays in.
