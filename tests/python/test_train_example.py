@@ -13,6 +13,7 @@ from pathlib import Path
 import blackwell_sparsek as bs
 import pytest
 import torch
+from conftest import needs_cuda
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.append(str(EXAMPLES))
@@ -68,6 +69,21 @@ def test_loss_falls(text, tmp_path, attention):
     assert result["peak_memory_mib"] > 0
     assert json.loads((tmp_path / f"{attention}.json").read_text()) == result
     assert (tmp_path / f"{attention}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_cuda
+@pytest.mark.parametrize(
+    "options",
+    [["dense"], ["window"], ["window", "--window-kernel", "flex"], ["sparsek"]],
+    ids=["dense", "window", "flex", "sparsek"],
+)
+def test_loss_falls_on_cuda(text, tmp_path, options):
+    """As the preset h200 does it, smaller: autocast to bfloat16, blocks compiled."""
+    sizes = "--hidden-size 128 --num-kv-heads 2 --seq-len 256 --window 16 --chunk-size 16".split()
+    how = "--device cuda --dtype bfloat16 --compile".split()
+    result = train(text, tmp_path, *sizes, *how, "--attention", *options)
+    assert result["valid_loss"] < 0.7 * math.log(256)
+    assert result["compile_seconds"] > 0
 
 
 def test_scorers_learn(text, tmp_path):
