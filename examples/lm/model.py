@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from blackwell_sparsek import SparseKAttention, attention_forward
-from blackwell_sparsek.modules import apply_rotary
+from blackwell_sparsek.modules import rotary_table, rotate
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
@@ -58,13 +58,12 @@ class DenseAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, rotary: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        theta = self.config.rope_theta
-        out = self.attend(apply_rotary(q, theta), apply_rotary(k, theta), v)
+        out = self.attend(rotate(q, *rotary), rotate(k, *rotary), v)
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -160,8 +159,8 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.hidden_size)
         self.mlp = SwiGLU(config.hidden_size, config.mlp_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary=rotary)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -194,8 +193,12 @@ class LanguageModel(nn.Module):
     def forward(self, tokens: Tensor, blocks: Sequence | None = None) -> Tensor:
         """``blocks``: what to call instead of the model's own blocks, for example the same ones compiled."""
         x = self.embedding(tokens)
+        head_dim = self.config.hidden_size // self.config.num_heads
+        rotary = rotary_table(
+            tokens.shape[1], head_dim, self.config.rope_theta, device=tokens.device
+        )
         for block in self.blocks if blocks is None else blocks:
-            x = block(x)
+            x = block(x, rotary)
         return self.head(self.norm(x))
 
     def set_seq_len(self, seq_len: int) -> None:

@@ -59,8 +59,11 @@ def require_comparable(results: list[dict]) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
+    """Whole or not at all: a run that is killed meanwhile leaves the previous file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.replace(path)
 
 
 def table_of(results: list[dict]) -> str:

@@ -56,12 +56,32 @@ def apply_rotary(x: Tensor, theta: float, offset: int = 0) -> Tensor:
     """
     seq_len, head_dim = x.shape[-2:]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    # The angles are made here rather than kept in a buffer, which module.bfloat16() would round.
-    exponent = torch.arange(0, head_dim, 2, dtype=dtype, device=x.device) / head_dim
-    position = torch.arange(offset, offset + seq_len, dtype=dtype, device=x.device)
+    table = rotary_table(seq_len, head_dim, theta, offset, dtype=dtype, device=x.device)
+    return rotate(x, *table)
+
+
+def rotary_table(
+    seq_len: int,
+    head_dim: int,
+    theta: float,
+    offset: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of :func:`apply_rotary`'s angles, ``[S, D/2]`` each: made once, they serve all layers of a model.
+
+    They are a function's result rather than a buffer, which ``module.bfloat16()`` would round.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim
+    position = torch.arange(offset, offset + seq_len, dtype=dtype, device=device)
     angle = torch.outer(position, theta**-exponent)
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x.to(dtype).chunk(2, dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """:func:`apply_rotary` with a table of :func:`rotary_table`, in the table's precision."""
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
@@ -302,13 +322,21 @@ class SparseKAttention(nn.Module):
             dtype=dtype,
         )
 
-    def forward(self, x: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Attention over a whole sequence, starting at position 0.
 
         Args:
             x: ``[B, S, hidden_size]``.
             lengths: int32 ``[B]``; tokens at positions ``>= lengths[b]`` are padding: no token reads them, and their own
                 output is the bias of o_proj, 0 without one.
+            rotary: the angles of :func:`rotary_table` for S positions, where a model makes them once for all layers; None: made
+                here from rope_theta.
 
         Returns:
             ``[B, S, hidden_size]``, in x's dtype or autocast's.
@@ -320,7 +348,9 @@ class SparseKAttention(nn.Module):
             return projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         q, k, v = heads_of(self.q_proj), heads_of(self.k_proj), heads_of(self.v_proj)
-        if self.rope_theta is not None:
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        elif self.rope_theta is not None:
             q, k = apply_rotary(q, self.rope_theta), apply_rotary(k, self.rope_theta)
         out = attention_forward(
             q,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import blackwell_sparsek as bs
 import pytest
 import torch
-from blackwell_sparsek.modules import apply_rotary
+from blackwell_sparsek.modules import apply_rotary, rotary_table, rotate
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -146,6 +146,16 @@ def test_rotary_depends_on_distances_alone():
     near = apply_rotary(q, 100.0) @ apply_rotary(k, 100.0).mT
     far = apply_rotary(q, 100.0, 40) @ apply_rotary(k, 100.0, 40).mT
     torch.testing.assert_close(near, far)
+
+
+def test_one_table_of_angles_serves_all_layers():
+    x = make_hidden()
+    attention = make_attention()
+    table = rotary_table(37, 8, 100.0)
+    assert torch.equal(attention(x, rotary=table), attention(x))
+    other = rotary_table(37, 8, 100.0, offset=5)
+    q = torch.randn(1, 2, 37, 8)
+    assert torch.equal(rotate(q, *other), apply_rotary(q, 100.0, 5))
 
 
 # ---- attention layer -----------------------------------------------------------------------------
