@@ -248,8 +248,8 @@ def _first_call(call: Callable[[], torch.Tensor], device: str) -> tuple[int | No
     return peak, call()
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
     chosen = configurations(arguments, has_gpu=torch.cuda.is_available())
     if arguments.sweep:
         chosen = [c for configuration in chosen for c in sweep(configuration, arguments.sweep)]
