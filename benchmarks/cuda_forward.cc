@@ -1,6 +1,7 @@
-// Times the CUDA forward by stages (select, attend, both) without Python in between. Flags and
-// protocols: see cuda_timing.hpp. "tflops" counts the work that is visible: 4 D per query head and
-// visible (query, key) pair.
+// Times the CUDA forward by stages (select, attend, both) without Python in between, as inference
+// runs it: without the last candidates, which only the backward reads; "select_training" writes
+// them. Flags and protocols: see cuda_timing.hpp. "tflops" counts the work that is visible: 4 D per
+// query head and visible (query, key) pair.
 #include "cuda_timing.hpp"
 
 namespace {
@@ -17,12 +18,20 @@ void run(Configuration const& c, std::string const& gpu, cudaStream_t stream) {
   LentBuffer workspace(bytes);
   forward.context.allocator = &workspace;
 
+  auto const last_candidate = std::exchange(forward.selection.last_candidate, std::nullopt);
+  auto const select_training = [&] {
+    sparsek::SelectionView selection = forward.selection;
+    selection.last_candidate = last_candidate;
+    sparsek::select(forward.context, forward.scores, forward.lengths, forward.options.selection,
+                    selection);
+  };
   forward.select();
   double const visible = forward.visible(c);
   double const flop = 4.0 * static_cast<double>(c.dim) * visible;
   line.add("visible_keys_per_query",
            visible / static_cast<double>(c.batch * c.heads * c.num_queries()));
   time_stages({{"select", 0, [&] { forward.select(); }},
+               {"select_training", 0, select_training},
                {"attend", flop, [&] { forward.attend(); }},
                {"both", flop, [&] { forward.select(), forward.attend(); }}},
               c, stream, line);
