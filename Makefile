@@ -8,7 +8,7 @@ export PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help bench bench-backward bench-profile test lint format wheel clean
+.PHONY: help bench bench-backward bench-decode bench-profile test lint format wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -23,6 +23,11 @@ bench-backward:  ## Time forward + backward against SDPA, xFormers and FlexAtten
 	@scripts/setup.sh
 	@scripts/build.sh
 	@$(VENV_PYTHON) benchmarks/bench_backward.py $(ARGS)
+
+bench-decode:  ## Time a decode step against SDPA over a dense cache (ARGS: see --help)
+	@scripts/setup.sh
+	@scripts/build.sh
+	@$(VENV_PYTHON) benchmarks/bench_decode.py $(ARGS)
 
 bench-profile:  ## Profile the GPU kernels with Nsight Compute
 	@scripts/setup.sh
