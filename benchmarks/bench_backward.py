@@ -294,9 +294,13 @@ def show_long(runs: list[dict]) -> None:
         c, us = run["configuration"], run["rows"]["sparsek"]["us_per_head"]
         ns = us / c["seq_len"] * 1e3
         base = first["rows"]["sparsek"]["us_per_head"] / first["configuration"]["seq_len"] * 1e3
+        row = run["rows"]["sparsek"]
+        # Launches wait for Python then, and the figure says little about the kernels.
+        is_host_bound = row.get("host_us", 0.0) > 0.8 * row["us_per_iter"]
         print(
             f"  B={c['batch']} H={c['heads']} S={c['seq_len']:>6}: {us:>10,.2f} µs/head, "
             f"{ns:.3f} ns per head and token, {ns / base:.2f}x the first line"
+            f"{' (bound by the host)' if is_host_bound else ''}"
         )
 
 

@@ -186,13 +186,15 @@ def test_the_forward_benchmark_takes_learned_scores_too(scores_file, tmp_path, m
 
 
 def test_cost_per_token_is_shown(capsys):
-    def run(seq_len, us_per_head):
+    def run(seq_len, us_per_head, host_us):
+        row = {"us_per_head": us_per_head, "us_per_iter": 8 * us_per_head, "host_us": host_us}
         return {
             "configuration": {"batch": 1, "heads": 8, "seq_len": seq_len},
-            "rows": {"sparsek": {"us_per_head": us_per_head}},
+            "rows": {"sparsek": row},
         }
 
-    bench_backward.show_long([run(1000, 10.0), run(4000, 48.0)])
+    bench_backward.show_long([run(1000, 10.0, 20.0), run(4000, 48.0, 20.0), run(1, 1.0, 7.0)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].endswith("10.000 ns per head and token, 1.00x the first line")
     assert lines[2].endswith("12.000 ns per head and token, 1.20x the first line")
+    assert lines[3].endswith("(bound by the host)")
