@@ -287,7 +287,7 @@ def test_capability():
         assert not missing.supported
         assert "CUDA" in missing.reason
     with pytest.raises(ValueError, match="stage"):
-        bs.capability((1, 8, 128, 64), (1, 2, 256, 64), stage="decode")
+        bs.capability((1, 8, 128, 64), (1, 2, 256, 64), stage="project")
 
 
 def test_show_config(capsys):
