@@ -77,7 +77,7 @@ def test_loss_falls(text, tmp_path, attention):
     [["dense"], ["window"], ["window", "--window-kernel", "flex"], ["sparsek"]],
     ids=["dense", "window", "flex", "sparsek"],
 )
-def test_loss_falls_on_cuda(text, tmp_path, options):
+def test_loss_falls_on_cuda_with_inductor(text, tmp_path, options):
     """As the preset h200 does it, smaller: autocast to bfloat16, blocks compiled."""
     sizes = "--hidden-size 128 --num-kv-heads 2 --seq-len 256 --window 16 --chunk-size 16".split()
     how = "--device cuda --dtype bfloat16 --compile".split()
