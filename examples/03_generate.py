@@ -1,6 +1,6 @@
 """Generates text with a small language model, with a cache of every key and with SparseK's, which does not grow.
 
-    python examples/03_generate.py                                   # trains a model first; two minutes on the CPU
+    python examples/03_generate.py                                   # trains a model first; one to two minutes on the CPU
     python examples/02_train_lm.py --save lm.pt && python examples/03_generate.py --checkpoint lm.pt
     python examples/03_generate.py --checkpoint lm.pt --prompt-bytes 16384 --batch-size 16 --device cuda
 
@@ -29,7 +29,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", type=Path, help="of 02_train_lm.py --save; without one a model is trained"
     )
-    parser.add_argument("--steps", type=int, default=150, help="of that training")
+    parser.add_argument("--steps", type=int, default=300, help="of that training")
     parser.add_argument("--seq-len", type=int, default=1024, help="of that training")
     parser.add_argument("--text", type=Path, help="a text file for training and prompts")
     parser.add_argument("--prompt-bytes", type=int, default=2048, help="of held-out text")
