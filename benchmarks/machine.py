@@ -36,8 +36,12 @@ def _run(*command: str) -> str | None:
 
 
 def git_revision() -> str | None:
-    """The commit that is checked out, with "-dirty" where tracked files differ; None outside git."""
-    return _run("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    """The commit that is checked out, with "-dirty" where tracked files differ.
+
+    Outside git it is what SPARSEK_REVISION says (scripts/gpu_python.sh), or None.
+    """
+    revision = _run("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return revision or os.environ.get("SPARSEK_REVISION")
 
 
 def describe(device: str) -> dict:

@@ -33,6 +33,8 @@ fi
 # The runtime that the library was compiled for, beside it.
 cudart=$(sed -n 's/^CUDA_cudart_static_LIBRARY:[A-Z]*=//p' "$build/CMakeCache.txt")
 cp "$build/libsparsek.a" "$cudart" "$build"/tests/cpp/sparsek_cuda_* "$build"/benchmarks/sparsek_cuda_* "$out"
+# What results are labelled with on a machine that has no clone.
+git describe --always --dirty --abbrev=12 --exclude='*' >"$out/revision" 2>/dev/null || rm -f "$out/revision"
 strip --strip-debug "$out"/*.a
 strip "$out"/sparsek_cuda_*
 du -sh "$out"

@@ -29,5 +29,9 @@ if ! { cmake -S bindings -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release "-DPyth
   exit 1
 fi
 
+if [ -f "$libraries/revision" ]; then
+  SPARSEK_REVISION=$(<"$libraries/revision")
+  export SPARSEK_REVISION
+fi
 export PYTHONPATH=$build/python${PYTHONPATH:+:$PYTHONPATH}
 exec "$@"
