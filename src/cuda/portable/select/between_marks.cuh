@@ -18,7 +18,9 @@ inline constexpr int kChunksPerLane = kMarkSpan / 32;
 struct CriticalKeys {
   float score[kCriticalKeys];
   int position[kCriticalKeys];
-  unsigned short order[kCriticalKeys];
+  // Of the chunks whose threshold differs from the one before: which they are, and the threshold.
+  unsigned short changed[kMarkSpan];
+  float threshold[kMarkSpan];
 };
 
 // Two marks and the list.
@@ -47,14 +49,17 @@ __device__ void rank_between(BetweenMarks const& m, CriticalKeys& critical, int 
   __syncwarp();
   for (int base = 0; base < m.list.count; base += 32) {
     int const i = base + lane;
-    bool is_critical = false, is_ahead = false;
+    bool is_critical = false, is_ahead = false, is_behind = true;
     float score = 0.0f;
     int position = 0;
-    if (i < m.list.count) score = m.list.scores[i], position = m.list.positions[i];
-    if (i < m.list.count && position < m.pool) {
+    if (i < m.list.count) {
+      score = m.list.scores[i], position = m.list.positions[i];
+      is_behind = ranks_after(score, position, first);
+    }
+    if (!is_behind && position < m.pool) {
       is_ahead = position < m.old_pool &&
                  ranks_after(last.score, last.position, RankedKey{score, position});
-      is_critical = !is_ahead && !ranks_after(score, position, first);
+      is_critical = !is_ahead;
     }
     ahead += __popc(__ballot_sync(~0u, is_ahead));
     unsigned const found = __ballot_sync(~0u, is_critical);
@@ -64,18 +69,9 @@ __device__ void rank_between(BetweenMarks const& m, CriticalKeys& critical, int 
       critical.position[at] = position;
     }
     n += __popc(found);
+    if (__any_sync(~0u, is_behind)) break;  // so is all that follows
   }
   n = min(n, kCriticalKeys);
-  __syncwarp();
-  for (int i = lane; i < n; i += 32) {
-    float const score = critical.score[i];
-    int const position = critical.position[i];
-    int place = 0;
-    for (int j = 0; j < n; ++j) {
-      place += ranks_after(score, position, RankedKey{critical.score[j], critical.position[j]});
-    }
-    critical.order[place] = static_cast<unsigned short>(i);
-  }
   __syncwarp();
   int pool[kChunksPerLane], missing[kChunksPerLane], found[kChunksPerLane];
 #pragma unroll
@@ -85,11 +81,10 @@ __device__ void rank_between(BetweenMarks const& m, CriticalKeys& critical, int 
     found[i] = 0;
   }
   for (int j = 0; j < n; ++j) {
-    int const at = critical.order[j];
-    int const position = critical.position[at];
+    int const position = critical.position[j];
 #pragma unroll
     for (int i = 0; i < kChunksPerLane; ++i) {
-      if (position < pool[i] && --missing[i] == 0) found[i] = at;
+      if (position < pool[i] && --missing[i] == 0) found[i] = j;
     }
   }
 #pragma unroll
@@ -154,13 +149,47 @@ __device__ bool thresholds_between(BetweenMarks const& m, CriticalKeys& critical
   all_sum = WarpTeam(nullptr).sum(all_sum);
   __syncwarp();
 
+  // A chunk whose pool gained none of these keys has the state of the chunk before.
+  int pools[kChunksPerLane], entered[kChunksPerLane] = {}, state[kChunksPerLane];
+#pragma unroll
+  for (int i = 0; i < kChunksPerLane; ++i) {
+    pools[i] = m.chunk(i) < m.end_chunk ? m.marks.pool_end_of_chunk(m.chunk(i)) : 0;
+  }
+  int entered_before = 0;
+  auto const count_entered = [&](int begin, int end) {
+    for (int j = begin; j < end; ++j) {
+      int const position = critical.position[j];
+      entered_before += position < m.old_pool;
+#pragma unroll
+      for (int i = 0; i < kChunksPerLane; ++i) entered[i] += position < pools[i];
+    }
+  };
+  count_entered(0, n);
+  count_entered(kCriticalKeys - settled, kCriticalKeys);
+  int num_changed = 0;
+  bool known_before = m.old_pool > k;
+#pragma unroll
+  for (int i = 0; i < kChunksPerLane; ++i) {
+    bool const known = pools[i] > k;
+    int entered_last = __shfl_up_sync(~0u, entered[i], 1);
+    bool known_last = __shfl_up_sync(~0u, known, 1);
+    if (lane == 0) entered_last = entered_before, known_last = known_before;
+    bool const changed = known && !(known_last && entered[i] == entered_last);
+    unsigned const changes = __ballot_sync(~0u, changed);
+    state[i] = num_changed + __popc(changes & (lower_lanes | 1u << lane)) - 1;
+    if (changed) critical.changed[state[i]] = static_cast<unsigned short>(32 * i + lane);
+    num_changed += __popc(changes);
+    entered_before = __shfl_sync(~0u, entered[i], 31);
+    known_before = __shfl_sync(~0u, known, 31);
+  }
+  __syncwarp();
+
   int const first_pool = m.marks.pool_end_of_chunk(m.first_chunk);
   int const last_pool = m.marks.pool_end_of_chunk(m.end_chunk);
-  for (int i = 0; i < kChunksPerLane; ++i) {
-    int const chunk = m.chunk(i);
-    int const pool = chunk < m.end_chunk ? m.marks.pool_end_of_chunk(chunk) : 0;
-    bool active = pool > k;
-    if (!__any_sync(~0u, active)) continue;
+  for (int base = 0; base < num_changed; base += 32) {
+    bool active = base + lane < num_changed;
+    int const chunk = m.first_chunk + (active ? critical.changed[base + lane] : 0);
+    int const pool = active ? m.marks.pool_end_of_chunk(chunk) : 0;
     float const kth = active ? kth_score(chunk) : 0.0f;
     int settled_saturated = all_saturated, settled_interior = all_interior;
     double settled_sum = all_sum;
@@ -226,7 +255,12 @@ __device__ bool thresholds_between(BetweenMarks const& m, CriticalKeys& critical
       }
       t = next;
     }
-    if (pool > k) store(chunk, rounded_threshold(t, kth));
+    if (pool > 0) critical.threshold[base + lane] = rounded_threshold(t, kth);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kChunksPerLane; ++i) {
+    if (pools[i] > k) store(m.chunk(i), state[i] < 0 ? low : critical.threshold[state[i]]);
   }
   return true;
 }
