@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What has to be run on a machine with a GPU before CUDA code counts as done, after scripts/gpu_build.sh elsewhere:
 #   scripts/gpu_check.sh [check] [sanitize] [python] [bench]     default: all four, in this order
-# check     every row of the case table and the adversarial ones, every backend, against the fp64 reference
+# check     every row of the case tables and the adversarial ones, every stage and backend, against the fp64 reference
 # sanitize  compute-sanitizer's memcheck and racecheck over the small rows
 # python    the tests that need a GPU
 # bench     make bench's program with every peer; its JSON
@@ -29,13 +29,18 @@ step() {  # step <name> <command ...>
   fi
 }
 
-quick=("$programs/sparsek_cuda_check" --quick --guard-bytes 0 --timeout 300)
+quick=(--quick --guard-bytes 0 --timeout 300)
 for what in ${*:-check sanitize python bench}; do
   case $what in
-    check) step check "$programs/sparsek_cuda_check" ;;
+    check)
+      for program in "$programs"/sparsek_cuda_*check; do step "${program##*/sparsek_cuda_}" "$program"; done
+      ;;
     sanitize)
-      step memcheck compute-sanitizer --tool memcheck --error-exitcode 1 "${quick[@]}"
-      step racecheck compute-sanitizer --tool racecheck --error-exitcode 1 "${quick[@]}"
+      for program in "$programs"/sparsek_cuda_{check,backward_check}; do
+        for tool in memcheck racecheck; do
+          step "${program##*/sparsek_cuda_}-$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$program" "${quick[@]}"
+        done
+      done
       ;;
     python) step python scripts/gpu_python.sh python3 -m pytest tests/python -q -k "cuda and not inductor" ;;
     bench)

@@ -141,7 +141,7 @@ class BackwardProblem {
 // An error is judged twice: element by element against the tensor's largest element, since each is a
 // sum of terms that were rounded to the dtype (weights, their gradients, the output); and over the
 // whole tensor, where no large element hides the small ones.
-inline double unit_of(DataType dtype) { return dtype == DataType::kBFloat16 ? 0x1p-7 : 0x1p-10; }
+inline double unit_of(DataType dtype) { return dtype == DataType::kBFloat16 ? 0x1p-6 : 0x1p-9; }
 
 template <std::size_t Rank>
 class RowBackwardOnGpu {

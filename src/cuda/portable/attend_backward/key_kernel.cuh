@@ -1,7 +1,7 @@
 // dk, dv and the direct term of dscores.
 //
-// A block of four warps owns kKeys keys, whose K and V lie in shared memory and whose dk and dv are
-// summed in registers, and goes through the queries that see them, kQueries at once; the query heads
+// A block owns kKeys keys, whose K and V lie in shared memory and whose dk and dv are summed in
+// registers, and goes through the queries that see them, kQueries at once; the query heads
 // of a group one after another. S' = K Q' and dP' = V dO' come out with a key to each row; P' and
 // dS', rounded to T, change hands through shared memory for dV += P' dO and dK += dS' Q.
 //
@@ -10,6 +10,7 @@
 //   window  consecutive keys, in the tiles that do not list them: their window, and what they are
 //           selected for within such a tile. Writes every key, on top of what the slots gave.
 #pragma once
+#include <climits>
 #include <cstdint>
 
 #include "cuda/device/cp_async.cuh"
@@ -28,7 +29,7 @@ class KeyBlock {
   static constexpr int kQueries = Config::kQueries;
   static constexpr int kKeyTiles = Config::kKeysPerWarp / 16;      // of a warp's products: rows
   static constexpr int kQueryTiles = Config::kQueriesPerWarp / 8;  // columns of S and dP
-  static constexpr int kDimTiles = kHeadDim / 2 / 8;               // columns of dk and dv
+  static constexpr int kDimTiles = Config::kDimsPerWarp / 8;       // columns of dk and dv
   static constexpr int kRowBytes = Config::kRowBytes;
   static constexpr int kWeightBytes = Config::kWeightElements * 2;
   static constexpr int kPartsPerTile = kQueryTile / kQueries;
@@ -47,9 +48,13 @@ class KeyBlock {
     int q_head;
   };
 
-  static __device__ int warp_key() { return threadIdx.x / 64 * Config::kKeysPerWarp; }
-  static __device__ int warp_query() { return threadIdx.x / 32 % 2 * Config::kQueriesPerWarp; }
-  static __device__ int warp_dim() { return threadIdx.x / 32 % 2 * (kHeadDim / 2); }
+  static constexpr int kColumnWarps = Config::kColumnWarps;
+  static __device__ int warp_key() {
+    return threadIdx.x / (32 * kColumnWarps) * Config::kKeysPerWarp;
+  }
+  static __device__ int warp_column() { return threadIdx.x / 32 % kColumnWarps; }
+  static __device__ int warp_query() { return warp_column() * Config::kQueriesPerWarp; }
+  static __device__ int warp_dim() { return warp_column() * Config::kDimsPerWarp; }
   // A thread's key: row tile m, half h. Its queries and columns of the head dimension: tile n, the
   // first of two.
   static __device__ int key_of(int m, int h) {
@@ -76,8 +81,10 @@ class KeyBlock {
       for (int e = 2 * h; e < 2 * h + 2; ++e) dk_[m][n][e] = dv_[m][n][e] = 0.f;
   }
 
+  // Copies come in groups: q (and K, V of entering keys) first, then dout.
+  template <int kPending>
   static __device__ void wait_for_copies() {
-    device::cp_async_wait_all();
+    device::cp_async_wait_group<kPending>();
     __syncthreads();
   }
 
@@ -119,29 +126,35 @@ class KeyBlock {
   }
 
   // --- products ----------------------------------------------------------------------------------
-  // P' and dS' of a step, to shared memory.
-  __device__ void weigh(Step const& step, PairKind kind) {
+  // P' and dS' of a step, to shared memory. `visible`: whether any query of the warp sees a key of
+  // it. On the way the copies of dout are waited for.
+  __device__ void weigh(Step const& step, PairKind kind, bool visible) {
     float s[kKeyTiles][kQueryTiles][4], dp[kKeyTiles][kQueryTiles][4];
     int const lane = threadIdx.x % 32;
     int const a_offset = (warp_key() + lane % 16) * kRowBytes + lane / 16 * 16;
     int const b_offset = (warp_query() + lane / 16 * 8 + lane % 8) * kRowBytes + lane / 8 % 2 * 16;
-    multiply_rows(s, device::shared_address(&shared_.k[0][0]) + a_offset,
-                  device::shared_address(&shared_.q[0][0]) + b_offset);
+    if (visible) {
+      multiply_rows(s, device::shared_address(&shared_.k[0][0]) + a_offset,
+                    device::shared_address(&shared_.q[0][0]) + b_offset);
+    }
+    wait_for_copies<0>();
+    if (!visible) return weigh_nothing();
     multiply_rows(dp, device::shared_address(&shared_.v[0][0]) + a_offset,
                   device::shared_address(&shared_.dout[0][0]) + b_offset);
     switch (kind) {
       case PairKind::kPlain:
-        return weigh<PairKind::kPlain>(s, dp, step);
+        return weigh<PairKind::kPlain, false>(s, dp, step);
       case PairKind::kCausal:
-        return weigh<PairKind::kCausal>(s, dp, step);
+        return weigh<PairKind::kCausal, false>(s, dp, step);
       case PairKind::kKeyGate:
-        return weigh<PairKind::kKeyGate>(s, dp, step);
+        return a_.value_gate ? weigh<PairKind::kKeyGate, true>(s, dp, step)
+                             : weigh<PairKind::kKeyGate, false>(s, dp, step);
       case PairKind::kGeneral:
-        return weigh<PairKind::kGeneral>(s, dp, step);
+        return a_.value_gate ? weigh<PairKind::kGeneral, true>(s, dp, step)
+                             : weigh<PairKind::kGeneral, false>(s, dp, step);
     }
   }
 
-  // No query of the warp sees a key of it.
   __device__ void weigh_nothing() {
 #pragma unroll
     for (int m = 0; m < kKeyTiles; ++m)
@@ -214,76 +227,98 @@ class KeyBlock {
     *reinterpret_cast<std::uint32_t*>(&shared_.ds[key][query]) = device::pack2<T>(ds0, ds1);
   }
 
-  // The formulas: query_kernel.cuh. What multiplies dout in dv is m e under both gates.
+  // What a key's pairs have in common.
+  struct KeyData {
+    int position, expiry;
+    float score;
+    float gate, counted;  // one for all queries of the tile: the gate, and 1 if between 0 and 1
+  };
+
   template <PairKind kKind>
-  __device__ void weigh(float (&s)[kKeyTiles][kQueryTiles][4],
-                        float (&dp)[kKeyTiles][kQueryTiles][4], Step const& step) {
-    constexpr bool kGated = kKind == PairKind::kKeyGate || kKind == PairKind::kGeneral;
+  __device__ KeyData load_key(int key, Step const& step) const {
+    KeyData k{};
+    if constexpr (kKind == PairKind::kCausal || kKind == PairKind::kGeneral)
+      k.position = shared_.position[key];
+    if constexpr (kKind == PairKind::kGeneral) {
+      k.expiry = shared_.expiry[key];
+      k.score = shared_.score[key];
+    }
+    if constexpr (kKind == PairKind::kKeyGate) {
+      float const score = shared_.score[key];
+      float const threshold = shared_.threshold[step.first - step.begin];
+      k.gate = __saturatef(score - threshold);
+      k.counted = is_interior(score, threshold) ? 1.f : 0.f;
+    }
+    return k;
+  }
+
+  // The formulas: query_kernel.cuh. What multiplies dout in dv is m e under both gates.
+  template <PairKind kKind, bool kValueGate>
+  __device__ void weigh(float const (&s)[kKeyTiles][kQueryTiles][4],
+                        float const (&dp)[kKeyTiles][kQueryTiles][4], Step const& step) {
+    constexpr bool kGeneral = kKind == PairKind::kGeneral;
+    constexpr bool kGated = kKind == PairKind::kKeyGate || kGeneral;
+    KeyData key[kKeyTiles][2];
 #pragma unroll
     for (int m = 0; m < kKeyTiles; ++m)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        int const key = key_of(m, h);
-        int const j = shared_.position[key];
-        int const expiry = kKind == PairKind::kGeneral ? shared_.expiry[key] : 0;
-        float const score = kGated ? shared_.score[key] : 0.f;
-        float key_gate = 1.f;
-        bool key_counts = false;
-        if constexpr (kKind == PairKind::kKeyGate) {
-          float const threshold = shared_.threshold[step.first - step.begin];
-          key_gate = __saturatef(score - threshold);
-          key_counts = is_interior(score, threshold);
-        }
-        float sum = 0.f;
+      for (int h = 0; h < 2; ++h) key[m][h] = load_key<kKind>(key_of(m, h), step);
 #pragma unroll
-        for (int n = 0; n < kQueryTiles; ++n) {
-          int const query = query_of(n);
-          float2 const lse2 = *reinterpret_cast<float2 const*>(&shared_.lse2[query]);
-          float2 const delta = *reinterpret_cast<float2 const*>(&shared_.delta[query]);
+    for (int n = 0; n < kQueryTiles; ++n) {
+      int const query = query_of(n);
+      auto const load2 = [&](float const* values) {
+        return *reinterpret_cast<float2 const*>(values + query);
+      };
+      float2 const lse2_pair = load2(shared_.lse2), delta_pair = load2(shared_.delta);
+      float const lse2[2] = {lse2_pair.x, lse2_pair.y}, delta[2] = {delta_pair.x, delta_pair.y};
+      float threshold[2], ceiling[2];
+      int window[2];
+      if constexpr (kGeneral) {
+        float2 const pair = load2(shared_.threshold);
+        threshold[0] = pair.x, threshold[1] = pair.y;
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          ceiling[x] = __fadd_ru(threshold[x], 1.f);
+          window[x] = a_.scores ? shared_.window_begin[query + x] : INT_MIN;
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kKeyTiles; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          KeyData const& k = key[m][h];
           float p[2], ds[2];
 #pragma unroll
           for (int x = 0; x < 2; ++x) {
-            float const e =
-                device::exp2_approx(fmaf(s[m][n][2 * h + x], p_.scale_log2, x ? -lse2.y : -lse2.x));
-            float const dpx = dp[m][n][2 * h + x], deltax = x ? delta.y : delta.x;
-            p[x] = e;
-            if constexpr (!kGated) {
-              ds[x] = e * (dpx - deltax);
-            } else {
-              float gate = key_gate;
-              bool counts = key_counts;
-              if constexpr (kKind == PairKind::kGeneral) {
-                bool const soft = a_.scores && j < shared_.window_begin[query + x];
-                float const threshold = shared_.threshold[query + x];
-                gate = soft ? __saturatef(score - threshold) : 1.f;
-                counts = soft && is_interior(score, threshold);
-              }
-              float const g = a_.value_gate ? e * dpx : e * (dpx - deltax);
-              ds[x] = a_.value_gate ? e * fmaf(gate, dpx, -deltax) : gate * g;
-              p[x] *= gate;
-              if constexpr (kKind == PairKind::kGeneral) {
-                int const i = step.begin + query + x;
-                bool const visible =
-                    j <= i && i < expiry && j >= step.low && i >= step.first && i < step.end;
-                if (!visible) p[x] = ds[x] = 0.f;
-                counts = counts && visible;
-                if (counts) sum += g;
-              } else {
-                sum += g;
-              }
-            }
+            float const e = device::exp2_approx(fmaf(s[m][n][2 * h + x], p_.scale_log2, -lse2[x]));
+            float const dpx = dp[m][n][2 * h + x];
+            int const i = step.begin + query + x;
+            bool visible = true, interior = false;
+            float gate = k.gate;
             if constexpr (kKind == PairKind::kCausal) {
-              if (j > step.begin + query + x) p[x] = ds[x] = 0.f;
+              visible = k.position <= i;
+            } else if constexpr (kGeneral) {
+              visible = k.position <= i && i < k.expiry && k.position >= step.low &&
+                        i >= step.first && i < step.end;
+              bool const soft = k.position < window[x];
+              gate = soft ? __saturatef(k.score - threshold[x]) : 1.f;
+              interior = visible && soft && k.score > threshold[x] && k.score < ceiling[x];
+            }
+            float const g = kValueGate ? e * dpx : e * (dpx - delta[x]);
+            float const derivative = kValueGate ? e * fmaf(gate, dpx, -delta[x])
+                                     : kGated   ? gate * g
+                                                : g;
+            ds[x] = visible ? derivative : 0.f;
+            p[x] = visible ? (kGated ? gate * e : e) : 0.f;
+            if constexpr (kKind == PairKind::kKeyGate) {
+              dscore_[m][h] = fmaf(k.counted, g, dscore_[m][h]);
+            } else if constexpr (kGeneral) {
+              if (interior) dscore_[m][h] += g;
             }
           }
-          store_weights(key, query, p[0], p[1], ds[0], ds[1]);
+          store_weights(key_of(m, h), query, p[0], p[1], ds[0], ds[1]);
         }
-        if constexpr (kKind == PairKind::kKeyGate) {
-          if (key_counts) dscore_[m][h] += sum;
-        } else if constexpr (kKind == PairKind::kGeneral) {
-          dscore_[m][h] += sum;
-        }
-      }
+    }
   }
 
   // The keys' dscores so far, to shared memory: parts of the warps with either half of the queries.
@@ -295,8 +330,15 @@ class KeyBlock {
         float sum = dscore_[m][h];
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
-        if (threadIdx.x % 4 == 0) shared_.dscores[threadIdx.x / 32 % 2][key_of(m, h)] = sum;
+        if (threadIdx.x % 4 == 0) shared_.dscores[warp_column()][key_of(m, h)] = sum;
       }
+  }
+
+  __device__ float gathered_dscores(int key) const {
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < kColumnWarps; ++w) sum += shared_.dscores[w][key];
+    return sum;
   }
 
   // --- results -----------------------------------------------------------------------------------
@@ -312,6 +354,68 @@ class KeyBlock {
                                           p_.stride_dv_position, sequence_.index, kv_head_,
                                           sequence_.first_key + j));
   }
+  // Sums on their way to memory: the threads of a row take eight dims each.
+  struct alignas(16) Octet {
+    float x[8];
+  };
+  static constexpr int kLanesPerRow = kHeadDim / 8, kRowGroups = Config::kNumThreads / kLanesPerRow;
+  static constexpr int kStageStride = kHeadDim + 4;  // floats
+  static __device__ int row_group() { return threadIdx.x / kLanesPerRow; }
+  static __device__ int lane_dim() { return threadIdx.x % kLanesPerRow * 8; }
+
+  // Scaled sums of the keys whose bit is set, to the memory of q and dout, which must be free: each
+  // row of 32-bit sums has the room of two 16-bit rows.
+  __device__ void stage(float const (&sums)[kKeyTiles][kDimTiles][4], float scale,
+                        std::uint64_t keys) {
+    static_assert(kKeys * kStageStride * 4 <= sizeof(shared_.q) + sizeof(shared_.dout));
+    float* const target = reinterpret_cast<float*>(&shared_.q[0][0]);
+#pragma unroll
+    for (int m = 0; m < kKeyTiles; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        int const key = key_of(m, h);
+        if (!(keys >> key & 1)) continue;
+#pragma unroll
+        for (int n = 0; n < kDimTiles; ++n)
+          *reinterpret_cast<float2*>(target + key * kStageStride + dim_of(n)) =
+              make_float2(sums[m][n][2 * h] * scale, sums[m][n][2 * h + 1] * scale);
+      }
+    __syncthreads();
+  }
+  __device__ Octet const& staged(int key) const {
+    return *reinterpret_cast<Octet const*>(reinterpret_cast<float const*>(&shared_.q[0][0]) +
+                                           key * kStageStride + lane_dim());
+  }
+
+  // This thread's dims of a row of dk or dv.
+  __device__ void store_octet(T* row, Octet const& octet) const {
+    int const d = lane_dim();
+    if (p_.aligned_gradients) {
+      if (d >= a_.head_dim) return;
+      *reinterpret_cast<uint4*>(row + d) = make_uint4(
+          device::pack2<T>(octet.x[0], octet.x[1]), device::pack2<T>(octet.x[2], octet.x[3]),
+          device::pack2<T>(octet.x[4], octet.x[5]), device::pack2<T>(octet.x[6], octet.x[7]));
+    } else {
+      for (int e = 0; e < 8 && d + e < a_.head_dim; ++e) row[d + e] = T(octet.x[e]);
+    }
+  }
+
+  // Adds this thread's dims of a row of dk or dv.
+  __device__ void add_octet(Octet& octet, T const* row) const {
+    int const d = lane_dim();
+    if (p_.aligned_gradients) {
+      if (d >= a_.head_dim) return;
+      uint4 const packed = *reinterpret_cast<uint4 const*>(row + d);
+      T const* const values = reinterpret_cast<T const*>(&packed);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) octet.x[e] += static_cast<float>(values[e]);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        if (d + e < a_.head_dim) octet.x[e] += static_cast<float>(row[d + e]);
+    }
+  }
+
   __device__ float* dscores_at(int j) const {
     return p_.dscores + p_.stride_dscores_batch * sequence_.index +
            p_.stride_dscores_head * kv_head_ +

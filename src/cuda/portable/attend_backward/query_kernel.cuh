@@ -1,10 +1,11 @@
 // dq, and of each query what the keys' gradients need: lse in base 2, delta = dout . out, and the sum
 // of its gate gradients.
 //
-// As in the forward (attend/kernel.cuh) a block of four warps owns kRows queries of one head and goes
+// As in the forward (attend/kernel.cuh) a block of warps owns kRows queries of one head and goes
 // first through contiguous keys, then through those of the tile's list. For each block of keys:
 //
-//   load K(n + 1) | S = Q K', dP = dO V' | dS | load V(n + 1) | dQ += dS K(n) | wait
+//   load K(n + 1) | S = Q K(n)' | wait V(n) | dP = dO V(n)' | dS | load V(n + 1) | dQ += dS K(n) |
+//   wait K(n + 1)
 //
 // With e = exp(s - lse), m the gate and g the gradient of m:
 //   softmax gate  g = e (dP - delta)   dS = m g
@@ -12,6 +13,7 @@
 #pragma once
 #include <math_constants.h>
 
+#include <climits>
 #include <cstdint>
 
 #include "cuda/device/cp_async.cuh"
@@ -47,6 +49,8 @@ class QueryBlock {
     std::int64_t const list = static_cast<std::int64_t>(kv_head_) * a_.num_tiles + tile;
     if (a_.source == KeySource::kLists) list_size_ = a_.list_count[list];
     list_ = a_.lists + list * a_.list_capacity;
+    if (threadIdx.x == 0) set_key_rows();
+    __syncthreads();
   }
 
   __device__ void run() {
@@ -63,7 +67,8 @@ class QueryBlock {
       load_queries();
       bool const any = a_.source == KeySource::kLists || find_live_group(0);
       if (any) start();
-      wait_for_copies();
+      device::cp_async_commit();
+      wait_for_copies<0>();
       prepare_rows();
       __syncthreads();
       if (any) go_through_keys();
@@ -126,28 +131,36 @@ class QueryBlock {
                              high);
   }
 
+  __device__ void set_key_rows() {
+    KeyRows& rows = shared_.keys;
+    rows.k = static_cast<char const*>(a_.k) + row_bytes(a_.stride_k_batch, a_.stride_k_head,
+                                                        a_.stride_k_position, sequence_.index,
+                                                        kv_head_, sequence_.first_key);
+    rows.v = static_cast<char const*>(a_.v) + row_bytes(a_.stride_v_batch, a_.stride_v_head,
+                                                        a_.stride_v_position, sequence_.index,
+                                                        kv_head_, sequence_.first_key);
+    rows.expiry = expiry_row(a_, sequence_, kv_head_);
+    rows.scores = a_.scores + a_.stride_scores_batch * sequence_.index +
+                  a_.stride_scores_head * kv_head_ +
+                  a_.stride_scores_position * sequence_.first_key;
+  }
+
   // Rows of the next block of keys, from K or V.
-  __device__ void load_keys(T (*destination)[Config::kRowElements], void const* tensor,
-                            std::int64_t stride_batch, std::int64_t stride_head,
-                            std::int64_t stride_position) const {
-    char const* const base = static_cast<char const*>(tensor) +
-                             row_bytes(stride_batch, stride_head, stride_position, sequence_.index,
-                                       kv_head_, sequence_.first_key);
+  __device__ void load_keys(T (*destination)[Config::kRowElements], char const* base,
+                            std::int64_t stride) const {
     if (next_.entry >= 0) {
-      load_rows<Config, kKeys>(a_, destination, base, stride_position, 0,
+      load_rows<Config, kKeys>(a_, destination, base, stride, 0,
                                shared_.position[stage_of(next_.entry)], 0,
                                list_size_ - next_.entry);
     } else {
-      load_rows<Config, kKeys>(a_, destination, base, stride_position, next_.first, nullptr, 0,
+      load_rows<Config, kKeys>(a_, destination, base, stride, next_.first, nullptr, 0,
                                end_ - next_.first);
     }
   }
   __device__ void load_k(int stage) const {
-    load_keys(shared_.k[stage], a_.k, a_.stride_k_batch, a_.stride_k_head, a_.stride_k_position);
+    load_keys(shared_.k[stage], shared_.keys.k, a_.stride_k_position);
   }
-  __device__ void load_v() const {
-    load_keys(shared_.v, a_.v, a_.stride_v_batch, a_.stride_v_head, a_.stride_v_position);
-  }
+  __device__ void load_v() const { load_keys(shared_.v, shared_.keys.v, a_.stride_v_position); }
 
   // Positions of listed keys take turns in two buffers.
   __device__ static int stage_of(int entry) { return entry / kKeys % Config::kStages; }
@@ -175,18 +188,18 @@ class QueryBlock {
       j = valid ? next_.first + x : 0;
     }
     if (what == 0) {
-      device::cp_async_4(device::shared_address(&shared_.expiry[stage][x]),
-                         expiry_row(a_, sequence_, kv_head_) + j, valid);
+      device::cp_async_4(device::shared_address(&shared_.expiry[stage][x]), shared_.keys.expiry + j,
+                         valid);
     } else {
-      float const* const scores = a_.scores + a_.stride_scores_batch * sequence_.index +
-                                  a_.stride_scores_head * kv_head_ +
-                                  a_.stride_scores_position * (sequence_.first_key + j);
-      device::cp_async_4(device::shared_address(&shared_.score[stage][x]), scores, valid);
+      device::cp_async_4(device::shared_address(&shared_.score[stage][x]),
+                         shared_.keys.scores + a_.stride_scores_position * j, valid);
     }
   }
 
+  // All groups of copies but the last kPending.
+  template <int kPending>
   __device__ static void wait_for_copies() {
-    device::cp_async_wait_all();
+    device::cp_async_wait_group<kPending>();
     __syncthreads();
   }
 
@@ -294,21 +307,24 @@ class QueryBlock {
         // Into the buffer whose positions this block was loaded from.
         if (block.entry >= 0) load_positions(block.entry + 2 * kKeys);
       }
+      device::cp_async_commit();
       // Whether any query of the warp may see a key of the block.
       bool const visible =
           block.entry >= 0 || block.first < min(begin_ + warp_row + Config::kRowsPerWarp, end_);
-      float s[kRowTiles][kKeyTiles][4];
+      float s[kRowTiles][kKeyTiles][4], dp[kRowTiles][kKeyTiles][4];
+      if (visible) multiply_rows(s, q_address, k_base + stage * kKeyStageBytes + b_offset);
+      wait_for_copies<1>();  // V(n)
       if (visible) {
-        float dp[kRowTiles][kKeyTiles][4];
-        multiply_rows(s, q_address, k_base + stage * kKeyStageBytes + b_offset);
         multiply_rows(dp, dout_address, v_address);
         differentiate(s, dp, block, stage, warp_row);
       }
       __syncthreads();
       if (more) load_v();
+      device::cp_async_commit();
       if (visible) multiply_keys(s, k_base + stage * kKeyStageBytes + a_offset);
-      wait_for_copies();
+      wait_for_copies<1>();  // K(n + 1)
     }
+    device::cp_async_wait_all();
   }
 
   // c = A B' over the head dimension.
@@ -379,69 +395,105 @@ class QueryBlock {
                                 int stage, int warp_row) {
     int const low = max(begin_ + warp_row, first_);  // the warp's first query that exists
     int const window = shared_.window_begin[kRows - 1];
+    PairKind kind = PairKind::kGeneral;
     if (block.entry >= 0) {
-      bool const all_visible = one_chunk_ && block.entry + kKeys <= list_size_;
-      if (!all_visible) {
-        differentiate<PairKind::kGeneral>(s, dp, block, stage, warp_row);
-      } else if (a_.scores) {
-        differentiate<PairKind::kKeyGate>(s, dp, block, stage, warp_row);
-      } else {
-        differentiate<PairKind::kPlain>(s, dp, block, stage, warp_row);
-      }
-    } else if (block.first < window) {
-      differentiate<PairKind::kGeneral>(s, dp, block, stage, warp_row);
-    } else if (block.first + kKeys <= low + 1) {
+      if (one_chunk_ && block.entry + kKeys <= list_size_)
+        kind = a_.scores ? PairKind::kKeyGate : PairKind::kPlain;
+    } else if (block.first >= window) {
       // Of the window of the last query there is, all queries see what is not after them.
-      differentiate<PairKind::kPlain>(s, dp, block, stage, warp_row);
-    } else {
-      differentiate<PairKind::kCausal>(s, dp, block, stage, warp_row);
+      kind = block.first + kKeys <= low + 1 ? PairKind::kPlain : PairKind::kCausal;
+    }
+    switch (kind) {
+      case PairKind::kPlain:
+        return differentiate<PairKind::kPlain, false>(s, dp, block, stage, warp_row);
+      case PairKind::kCausal:
+        return differentiate<PairKind::kCausal, false>(s, dp, block, stage, warp_row);
+      case PairKind::kKeyGate:
+        return a_.value_gate
+                   ? differentiate<PairKind::kKeyGate, true>(s, dp, block, stage, warp_row)
+                   : differentiate<PairKind::kKeyGate, false>(s, dp, block, stage, warp_row);
+      case PairKind::kGeneral:
+        return a_.value_gate
+                   ? differentiate<PairKind::kGeneral, true>(s, dp, block, stage, warp_row)
+                   : differentiate<PairKind::kGeneral, false>(s, dp, block, stage, warp_row);
     }
   }
 
+  // What a row's pairs have in common; columns count from the block's first key.
+  struct RowData {
+    float lse2, delta;
+    float threshold, ceiling;  // of the score of a key with a gate between 0 and 1
+    int position;
+    int last_column;   // that the row may see
+    int window_begin;  // columns before it are gated
+  };
+
   template <PairKind kKind>
+  __device__ RowData load_row(KeyBlock const& block, int row) const {
+    RowData r{};
+    r.lse2 = shared_.lse2[row];
+    r.delta = shared_.delta[row];
+    r.position = begin_ + row;
+    bool const listed = block.entry >= 0;
+    r.last_column = listed ? kKeys : r.position - block.first;
+    if constexpr (kKind == PairKind::kGeneral) {
+      r.window_begin = !a_.scores ? INT_MIN
+                       : listed   ? kKeys
+                                  : shared_.window_begin[row] - block.first;
+      r.threshold = shared_.threshold[row];
+      r.ceiling = __fadd_ru(r.threshold, 1.f);
+    }
+    return r;
+  }
+
+  template <PairKind kKind, bool kValueGate>
   __device__ void differentiate(float (&s)[kRowTiles][kKeyTiles][4],
                                 float const (&dp)[kRowTiles][kKeyTiles][4], KeyBlock const& block,
                                 int stage, int warp_row) {
-    constexpr bool kMasked = kKind == PairKind::kCausal || kKind == PairKind::kGeneral;
     constexpr bool kGated = kKind == PairKind::kKeyGate || kKind == PairKind::kGeneral;
-    bool const listed = block.entry >= 0;
+    RowData row[kRowTiles][2];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        int const row = row_of(warp_row, m, h), i = begin_ + row;
-        float const lse2 = shared_.lse2[row], delta = shared_.delta[row];
-        float const threshold = kGated ? shared_.threshold[row] : 0.f;
-        int const last = listed ? kKeys : i - block.first;  // column that the row may see
-        int const window = listed ? kKeys : shared_.window_begin[row] - block.first;
+      for (int h = 0; h < 2; ++h) row[m][h] = load_row<kKind>(block, row_of(warp_row, m, h));
+    float const chunk_threshold =
+        kKind == PairKind::kKeyGate ? shared_.threshold[first_ - begin_] : 0.f;
 #pragma unroll
-        for (int n = 0; n < kKeyTiles; ++n)
+    for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
-          for (int x = 0; x < 2; ++x) {
-            int const column = column_of(n) + x;
-            float const e = device::exp2_approx(fmaf(s[m][n][2 * h + x], p_.scale_log2, -lse2));
+      for (int x = 0; x < 2; ++x) {
+        int const column = column_of(n) + x;
+        float const score = kGated ? shared_.score[stage][column] : 0.f;
+        int const expiry = kKind == PairKind::kGeneral ? shared_.expiry[stage][column] : 0;
+        float gate = 1.f, counted = 0.f;
+        if constexpr (kKind == PairKind::kKeyGate) {
+          gate = __saturatef(score - chunk_threshold);
+          counted = is_interior(score, chunk_threshold) ? 1.f : 0.f;
+        }
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            RowData const& r = row[m][h];
+            float const e = device::exp2_approx(fmaf(s[m][n][2 * h + x], p_.scale_log2, -r.lse2));
             float const dpx = dp[m][n][2 * h + x];
-            float ds;
-            if constexpr (!kGated) {
-              ds = e * (dpx - delta);
-            } else {
-              float const score = shared_.score[stage][column];
-              bool const soft = a_.scores && (kKind == PairKind::kKeyGate || column < window);
-              float const gate = soft ? __saturatef(score - threshold) : 1.f;
-              float const g = a_.value_gate ? e * dpx : e * (dpx - delta);
-              ds = a_.value_gate ? e * fmaf(gate, dpx, -delta) : gate * g;
-              bool counts = soft && is_interior(score, threshold);
-              if constexpr (kMasked) {
-                counts = counts && column <= last && i < shared_.expiry[stage][column];
-              }
-              if (counts) gate_gradient_[m][h] += g;
-            }
+            bool visible = true, interior = false;
             if constexpr (kKind == PairKind::kCausal) {
-              if (column > last) ds = 0.f;
-            } else if constexpr (kMasked) {
-              if (column > last || i >= shared_.expiry[stage][column]) ds = 0.f;
+              visible = column <= r.last_column;
+            } else if constexpr (kKind == PairKind::kGeneral) {
+              visible = column <= r.last_column && r.position < expiry;
+              bool const soft = column < r.window_begin;
+              gate = soft ? __saturatef(score - r.threshold) : 1.f;
+              interior = visible && soft && score > r.threshold && score < r.ceiling;
             }
-            s[m][n][2 * h + x] = ds;
+            float const g = kValueGate ? e * dpx : e * (dpx - r.delta);
+            float const ds = kValueGate ? e * fmaf(gate, dpx, -r.delta) : kGated ? gate * g : g;
+            s[m][n][2 * h + x] = visible ? ds : 0.f;
+            if constexpr (kKind == PairKind::kKeyGate) {
+              gate_gradient_[m][h] = fmaf(counted, g, gate_gradient_[m][h]);
+            } else if constexpr (kKind == PairKind::kGeneral) {
+              if (interior) gate_gradient_[m][h] += g;
+            }
           }
       }
   }

@@ -30,28 +30,39 @@ class SlotBlock : KeyBlock<Config, T> {
     if (threadIdx.x < kKeys) shared_.position[threadIdx.x] = -1;
     bool more = next_tile();
     if (more) {
-      Base::load_dout(step_);
       Base::load_q(step_);
+      device::cp_async_commit();
+      Base::load_dout(step_);
+      device::cp_async_commit();
     }
     while (more) {
-      Base::wait_for_copies();
+      Base::template wait_for_copies<1>();
       PairKind kind = PairKind::kGeneral;
       if (step_.one_chunk) kind = a_.scores ? PairKind::kKeyGate : PairKind::kPlain;
-      Base::weigh(step_, kind);
+      Base::weigh(step_, kind, true);
       __syncthreads();
-      Base::multiply_weights(dv_, shared_.p, shared_.dout);
-      __syncthreads();
-      // Within a tile the keys stay.
-      more = next_in_tile();
-      if (more) Base::load_dout(step_);
       Base::multiply_weights(dk_, shared_.ds, shared_.q);
+      __syncthreads();
+      // Within a tile the keys stay; so q of the next step can be loaded now.
+      more = next_in_tile();
+      if (more) {
+        Base::load_q(step_);
+        device::cp_async_commit();
+      }
+      Base::multiply_weights(dv_, shared_.p, shared_.dout);
       if (more) {
         __syncthreads();
       } else {
         more = next_tile();
-        if (more) Base::load_dout(step_);
+        if (more) {
+          Base::load_q(step_);
+          device::cp_async_commit();
+        }
       }
-      if (more) Base::load_q(step_);
+      if (more) {
+        Base::load_dout(step_);
+        device::cp_async_commit();
+      }
     }
     change_keys(nullptr, Sequence{-1, 0, 0, 0, 0, 0});
   }
@@ -98,62 +109,86 @@ class SlotBlock : KeyBlock<Config, T> {
   // leave. Whether any slot has a key.
   __device__ bool change_keys(std::int32_t const* slots, Sequence const& sequence) {
     int const x = threadIdx.x;
-    bool changed = false, any = false;
     int key = -1;
+    bool leaves = false, enters = false;
     if (x < kKeys) {
       key = slots ? slots[x] : -1;
       int const before = shared_.position[x];
-      changed = key != before || (key >= 0 && sequence.index != sequence_.index);
-      any = key >= 0;
-      shared_.changed[x] = changed;
+      bool const changes = key != before || (key >= 0 && sequence.index != sequence_.index);
+      leaves = changes && before >= 0;
+      enters = changes && key >= 0;
+      unsigned const leaving = __ballot_sync(~0u, leaves), entering = __ballot_sync(~0u, enters);
+      if (x % 32 == 0) {
+        shared_.leaving[buffer_][x / 32] = leaving;
+        shared_.entering[buffer_][x / 32] = entering;
+      }
     }
     // Also: all products of the step before are done.
-    bool const any_changed = __syncthreads_or(changed);
-    if (any_changed) {
-      write_leaving();
-      __syncthreads();
-      if (changed) {
-        shared_.position[x] = key;
-        if (key >= 0) {
-          std::int64_t const row = a_.stride_expiry_batch * sequence.index +
-                                   a_.stride_expiry_head * kv_head_ + sequence.first_key + key;
-          device::cp_async_4(device::shared_address(&shared_.expiry[x]), a_.expiry + row, true);
-          if (a_.scores) {
-            std::int64_t const score = a_.stride_scores_batch * sequence.index +
-                                       a_.stride_scores_head * kv_head_ +
-                                       a_.stride_scores_position * (sequence.first_key + key);
-            device::cp_async_4(device::shared_address(&shared_.score[x]), a_.scores + score, true);
-          }
-        } else {
-          shared_.expiry[x] = 0;  // sees nothing
-          shared_.score[x] = 0.f;
-        }
-      }
+    bool const any = __syncthreads_or(key >= 0);
+    std::uint64_t const leaving = slots_of(shared_.leaving[buffer_]);
+    std::uint64_t const entering = slots_of(shared_.entering[buffer_]);
+    buffer_ ^= 1;
+    if (leaving | entering) {
+      if (leaving) write_leaving(leaving);
+#pragma unroll
+      for (int m = 0; m < kKeyTiles; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          if ((leaving | entering) >> Base::key_of(m, h) & 1) Base::clear_key(m, h);
+      __syncthreads();  // positions have been read
+      if (leaves || enters) set_key(x, key, sequence);
     }
     if (sequence.index != sequence_.index) carried_end_ = 0;
     sequence_ = sequence;
-    any = __syncthreads_or(any);
-    if (any && any_changed) load_entering();
+    if (entering) {
+      __syncthreads();
+      load_entering(entering);
+    }
     return any;
   }
 
-  // Rows of K and V of the changed slots that have a key.
-  __device__ void load_entering() {
-    constexpr int kPieces = Config::kPieces;
+  static __device__ std::uint64_t slots_of(std::uint32_t const (&bits)[2]) {
+    return bits[0] | (kKeys > 32 ? static_cast<std::uint64_t>(bits[1]) << 32 : 0);
+  }
+
+  // Calls body(slot) for the slots whose bits are set, distributed over the groups of threads that
+  // share a row.
+  template <typename Body>
+  static __device__ void for_each_slot(std::uint64_t slots, Body const& body) {
+    for (int index = 0; slots != 0; slots &= slots - 1, ++index)
+      if (index % Base::kRowGroups == Base::row_group()) body(__ffsll(slots) - 1);
+  }
+
+  __device__ void set_key(int slot, int key, Sequence const& sequence) {
+    shared_.position[slot] = key;
+    if (key < 0) {
+      shared_.expiry[slot] = 0;  // sees nothing
+      return;
+    }
+    std::int64_t const expiry = a_.stride_expiry_batch * sequence.index +
+                                a_.stride_expiry_head * kv_head_ + sequence.first_key + key;
+    device::cp_async_4(device::shared_address(&shared_.expiry[slot]), a_.expiry + expiry, true);
+    if (!a_.scores) return;
+    std::int64_t const score = a_.stride_scores_batch * sequence.index +
+                               a_.stride_scores_head * kv_head_ +
+                               a_.stride_scores_position * (sequence.first_key + key);
+    device::cp_async_4(device::shared_address(&shared_.score[slot]), a_.scores + score, true);
+  }
+
+  // Rows of K and V.
+  __device__ void load_entering(std::uint64_t slots) {
     char const* const k = static_cast<char const*>(a_.k) +
                           row_bytes(a_.stride_k_batch, a_.stride_k_head, a_.stride_k_position,
                                     sequence_.index, kv_head_, sequence_.first_key);
     char const* const v = static_cast<char const*>(a_.v) +
                           row_bytes(a_.stride_v_batch, a_.stride_v_head, a_.stride_v_position,
                                     sequence_.index, kv_head_, sequence_.first_key);
-    constexpr int kRowsAtOnce = Config::kNumThreads / kPieces;
-    int const column = static_cast<int>(threadIdx.x) % kPieces * 8;
-    for (int x = static_cast<int>(threadIdx.x) / kPieces; x < kKeys; x += kRowsAtOnce) {
-      int const key = shared_.position[x];
-      if (!shared_.changed[x] || key < 0) continue;
-      load_piece(&shared_.k[x][column], k + 2 * a_.stride_k_position * key, column);
-      load_piece(&shared_.v[x][column], v + 2 * a_.stride_v_position * key, column);
-    }
+    int const column = Base::lane_dim();
+    for_each_slot(slots, [&](int slot) {
+      int const key = shared_.position[slot];
+      load_piece(&shared_.k[slot][column], k + 2 * a_.stride_k_position * key, column);
+      load_piece(&shared_.v[slot][column], v + 2 * a_.stride_v_position * key, column);
+    });
   }
 
   __device__ void load_piece(T* destination, char const* row, int column) const {
@@ -169,74 +204,45 @@ class SlotBlock : KeyBlock<Config, T> {
     }
   }
 
-  // Writes and clears the sums of the changed slots.
-  __device__ void write_leaving() {
-    if (p_.dscores) Base::gather_dscores();
-#pragma unroll
-    for (int m = 0; m < kKeyTiles; ++m)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        int const slot = Base::key_of(m, h);
-        if (!shared_.changed[slot]) continue;
-        int const j = shared_.position[slot];
-        if (j >= 0 && j < carried_end_) {
-          write_carried(m, h, carried_row(p_, kv_head_, piece_, first_slot_ + slot));
-        } else if (j >= 0) {
-          write_key(m, h, j);
-        }
-        Base::clear_key(m, h);
-      }
+  // Writes the sums of the slots. q and dout are free, and so they are after the next barrier.
+  __device__ void write_leaving(std::uint64_t slots) {
+    write_sums(dk_, p_.sm_scale, slots, p_.carried_dk, Base::dk_row(0), p_.stride_dk_position);
+    write_sums(dv_, 1.f, slots, p_.carried_dv, Base::dv_row(0), p_.stride_dv_position);
     if (!p_.dscores) return;
+    Base::gather_dscores();
     __syncthreads();
     int const x = threadIdx.x;
-    if (x >= kKeys || !shared_.changed[x]) return;
+    if (x >= kKeys || !(slots >> x & 1)) return;
     int const j = shared_.position[x];
-    if (j < 0) return;
-    float const sum = shared_.dscores[0][x] + shared_.dscores[1][x];
-    if (j < carried_end_) {
-      p_.carried_dscores[carried_row(p_, kv_head_, piece_, first_slot_ + x)] = sum;
-    } else {
-      *Base::dscores_at(j) = sum;
-    }
+    float* const target =
+        j < carried_end_ ? p_.carried_dscores + carried_row(p_, kv_head_, piece_, first_slot_ + x)
+                         : Base::dscores_at(j);
+    *target = Base::gathered_dscores(x);
   }
 
-  __device__ void write_key(int m, int h, int j) {
-    T* const dk = Base::dk_row(j);
-    T* const dv = Base::dv_row(j);
-#pragma unroll
-    for (int n = 0; n < kDimTiles; ++n) {
-      int const d = Base::dim_of(n);
-      float const *const k = &dk_[m][n][2 * h], *const v = &dv_[m][n][2 * h];
-      if (p_.aligned_gradients) {
-        if (d >= a_.head_dim) continue;
-        *reinterpret_cast<std::uint32_t*>(dk + d) =
-            device::pack2<T>(k[0] * p_.sm_scale, k[1] * p_.sm_scale);
-        *reinterpret_cast<std::uint32_t*>(dv + d) = device::pack2<T>(v[0], v[1]);
-      } else {
-#pragma unroll
-        for (int x = 0; x < 2; ++x)
-          if (d + x < a_.head_dim) dk[d + x] = T(k[x] * p_.sm_scale), dv[d + x] = T(v[x]);
+  __device__ void write_sums(float const (&sums)[kKeyTiles][kDimTiles][4], float scale,
+                             std::uint64_t slots, float* carried, T* rows, std::int64_t stride) {
+    Base::stage(sums, scale, slots);
+    for_each_slot(slots, [&](int slot) {
+      int const j = shared_.position[slot];
+      typename Base::Octet const& octet = Base::staged(slot);
+      if (j >= carried_end_) {
+        Base::store_octet(rows + stride * j, octet);
+        return;
       }
-    }
-  }
-
-  __device__ void write_carried(int m, int h, std::int64_t row) {
-#pragma unroll
-    for (int n = 0; n < kDimTiles; ++n) {
-      int const d = Base::dim_of(n);
-#pragma unroll
-      for (int x = 0; x < 2; ++x) {
-        if (d + x >= a_.head_dim) continue;
-        p_.carried_dk[row * a_.head_dim + d + x] = dk_[m][n][2 * h + x] * p_.sm_scale;
-        p_.carried_dv[row * a_.head_dim + d + x] = dv_[m][n][2 * h + x];
-      }
-    }
+      int const d = Base::lane_dim();
+      float* const row =
+          carried + carried_row(p_, kv_head_, piece_, first_slot_ + slot) * a_.head_dim;
+      for (int e = 0; e < 8 && d + e < a_.head_dim; ++e) row[d + e] = octet.x[e];
+    });
+    __syncthreads();
   }
 
   int const piece_, first_slot_;
   int tile_, last_tile_;
   int tile_end_ = 0;     // of the tile's queries that exist
   int carried_end_ = 0;  // keys before this position are carried
+  int buffer_ = 0;       // of leaving and entering
   Step step_;
 };
 

@@ -42,22 +42,31 @@ class WindowBlock : KeyBlock<Config, T> {
     latest_expiry_ = a_.num_tiles > 0 ? Base::group_expiry_of(first_key_) : 0;
     bool more = next_step();
     if (more) {
-      Base::load_dout(step_);
       Base::load_q(step_);
+      device::cp_async_commit();
+      Base::load_dout(step_);
+      device::cp_async_commit();
     }
     while (more) {
-      Base::wait_for_copies();
+      Base::template wait_for_copies<1>();
       weigh();
       __syncthreads();
-      Base::multiply_weights(dv_, shared_.p, shared_.dout);
-      __syncthreads();
-      more = next_step();
-      if (more) Base::load_dout(step_);
       Base::multiply_weights(dk_, shared_.ds, shared_.q);
       __syncthreads();
-      if (more) Base::load_q(step_);
+      more = next_step();
+      if (more) {
+        Base::load_q(step_);
+        device::cp_async_commit();
+      }
+      Base::multiply_weights(dv_, shared_.p, shared_.dout);
+      __syncthreads();
+      if (more) {
+        Base::load_dout(step_);
+        device::cp_async_commit();
+      }
     }
-    Base::wait_for_copies();
+    device::cp_async_wait_all();
+    __syncthreads();
     find_pieces();
     __syncthreads();
     store();
@@ -120,15 +129,13 @@ class WindowBlock : KeyBlock<Config, T> {
     int const key = first_key_ + Base::warp_key(), query = step_.begin + Base::warp_query();
     int const low = max(query, step_.first);
     int const high = min(query + Config::kQueriesPerWarp, step_.end) - 1;
-    if (high < low || high < key) {
-      Base::weigh_nothing();
-    } else if (a_.foreign || window_begin(a_, high) > key) {
-      Base::weigh(step_, PairKind::kGeneral);
+    PairKind kind = PairKind::kCausal;
+    if (a_.foreign || window_begin(a_, max(high, 0)) > key) {
+      kind = PairKind::kGeneral;
     } else if (key + Config::kKeysPerWarp <= low + 1) {
-      Base::weigh(step_, PairKind::kPlain);
-    } else {
-      Base::weigh(step_, PairKind::kCausal);
+      kind = PairKind::kPlain;
     }
+    Base::weigh(step_, kind, low <= high && key <= high);
   }
 
   // --- what the slots gave -----------------------------------------------------------------------
@@ -168,82 +175,43 @@ class WindowBlock : KeyBlock<Config, T> {
     return carried_row(p_, kv_head_, piece, max(low, 0));
   }
 
-  // Adds what the slots gave to the sums of a thread's key, which are final then.
-  __device__ void add_listed(int m, int h) {
-    int const x = Base::key_of(m, h), j = first_key_ + x;
-#pragma unroll
-    for (int n = 0; n < kDimTiles; ++n)
-#pragma unroll
-      for (int e = 2 * h; e < 2 * h + 2; ++e) dk_[m][n][e] *= p_.sm_scale;
-    int const first_piece = shared_.first_piece[x];
-    if (first_piece < 0) return;
-    T const* const dk = Base::dk_row(j);
-    T const* const dv = Base::dv_row(j);
-#pragma unroll
-    for (int n = 0; n < kDimTiles; ++n) {
-      int const d = Base::dim_of(n);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if (d + e >= a_.head_dim) continue;
-        dk_[m][n][2 * h + e] += static_cast<float>(dk[d + e]);
-        dv_[m][n][2 * h + e] += static_cast<float>(dv[d + e]);
-      }
-    }
-    for (int piece = first_piece + 1; piece <= shared_.last_piece[x]; ++piece) {
-      std::int64_t const row = find_carried(piece, j) * a_.head_dim;
-#pragma unroll
-      for (int n = 0; n < kDimTiles; ++n) {
-        int const d = Base::dim_of(n);
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if (d + e >= a_.head_dim) continue;
-          dk_[m][n][2 * h + e] += p_.carried_dk[row + d + e];
-          dv_[m][n][2 * h + e] += p_.carried_dv[row + d + e];
-        }
-      }
-    }
-  }
-
   // --- results -----------------------------------------------------------------------------------
   __device__ void store() {
-#pragma unroll
-    for (int m = 0; m < kKeyTiles; ++m)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        int const x = Base::key_of(m, h);
-        bool const exists = first_key_ + x < sequence_.length;
-        if (exists) add_listed(m, h);
-#pragma unroll
-        for (int n = 0; n < kDimTiles; ++n) {
-          float const *const k = &dk_[m][n][2 * h], *const v = &dv_[m][n][2 * h];
-          *reinterpret_cast<std::uint32_t*>(&shared_.q[x][Base::dim_of(n)]) =
-              exists ? device::pack2<T>(k[0], k[1]) : 0u;
-          *reinterpret_cast<std::uint32_t*>(&shared_.dout[x][Base::dim_of(n)]) =
-              exists ? device::pack2<T>(v[0], v[1]) : 0u;
-        }
-      }
-    if (p_.dscores) Base::gather_dscores();
+    store_sums(dk_, p_.sm_scale, p_.carried_dk, Base::dk_row(first_key_), p_.stride_dk_position);
+    store_sums(dv_, 1.f, p_.carried_dv, Base::dv_row(first_key_), p_.stride_dv_position);
+    if (!p_.dscores) return;
+    Base::gather_dscores();
     __syncthreads();
-    store_rows(shared_.q, Base::dk_row(first_key_), p_.stride_dk_position);
-    store_rows(shared_.dout, Base::dv_row(first_key_), p_.stride_dv_position);
-    if (p_.dscores) store_dscores();
+    store_dscores();
   }
 
-  __device__ void store_rows(T const (*source)[Config::kRowElements], T* target,
-                             std::int64_t stride) const {
-    int const column = static_cast<int>(threadIdx.x) % Config::kPieces * 8;
-    constexpr int kRowsAtOnce = Config::kNumThreads / Config::kPieces;
-    int const rows = min(kKeys, sequence_.num_keys - first_key_);
-#pragma unroll 4
-    for (int x = static_cast<int>(threadIdx.x) / Config::kPieces; x < rows; x += kRowsAtOnce) {
-      T* const row = target + stride * x;
-      if (p_.aligned_gradients && column < a_.head_dim) {
-        *reinterpret_cast<uint4*>(row + column) =
-            *reinterpret_cast<uint4 const*>(&source[x][column]);
-      } else {
-        for (int e = 0; e < min(8, a_.head_dim - column); ++e)
-          row[column + e] = source[x][column + e];
+  // Rows of dk or dv, from `rows` on: the sums, and what the slots gave.
+  __device__ void store_sums(float const (&sums)[kKeyTiles][kDimTiles][4], float scale,
+                             float const* carried, T* rows, std::int64_t stride) {
+    Base::stage(sums, scale, ~std::uint64_t{0});
+    int const count = min(kKeys, sequence_.num_keys - first_key_);
+    for (int x = Base::row_group(); x < count; x += Base::kRowGroups) {
+      T* const row = rows + stride * x;
+      typename Base::Octet octet = Base::staged(x);
+      if (first_key_ + x >= sequence_.length) {
+        octet = {};
+      } else if (shared_.first_piece[x] >= 0) {
+        add_listed(octet, x, carried, row);
       }
+      Base::store_octet(row, octet);
+    }
+    __syncthreads();
+  }
+
+  __device__ void add_listed(typename Base::Octet& octet, int x, float const* carried,
+                             T const* row) const {
+    Base::add_octet(octet, row);
+    int const d = Base::lane_dim();
+    for (int piece = shared_.first_piece[x] + 1; piece <= shared_.last_piece[x]; ++piece) {
+      float const* const part = carried + find_carried(piece, first_key_ + x) * a_.head_dim + d;
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        if (d + e < a_.head_dim) octet.x[e] += part[e];
     }
   }
 
@@ -252,7 +220,7 @@ class WindowBlock : KeyBlock<Config, T> {
     if (x >= kKeys || j >= sequence_.num_keys) return;
     float sum = 0.f;
     if (j < sequence_.length) {
-      sum = shared_.dscores[0][x] + shared_.dscores[1][x];
+      sum = Base::gathered_dscores(x);
       if (shared_.first_piece[x] >= 0) {
         sum += *Base::dscores_at(j);
         for (int piece = shared_.first_piece[x] + 1; piece <= shared_.last_piece[x]; ++piece)
