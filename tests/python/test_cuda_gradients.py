@@ -187,9 +187,9 @@ def test_packed_equals_separate_calls():
         own = [t[:1, :, first:last].clone().requires_grad_() for t in leaves]
         own_dout = dout[first:last].transpose(0, 1)[None]
         for mine, theirs in zip(together, backward(forward, own, own_dout), strict=True):
-            # Tiles begin elsewhere: sums are in another order.
+            # Another kernel may serve dense batches: 10 unit roundoffs of float16.
             mine = mine[first:last].transpose(0, 1).float()
-            torch.testing.assert_close(mine, theirs[0].float(), rtol=4e-3, atol=4e-3)
+            torch.testing.assert_close(mine, theirs[0].float(), rtol=1e-2, atol=1e-2)
 
 
 def test_expanded_upstream_gradient():
