@@ -87,7 +87,7 @@ AttendProblem shape_only_problem(Context const& context, DataType dtype,
                                  std::array<std::int64_t, 4> const& q_shape,
                                  std::array<std::int64_t, 4> const& k_shape,
                                  AttendOptions const& options) {
-  static std::byte const somewhere[kWorkspaceAlignment]{};
+  alignas(kWorkspaceAlignment) static std::byte const somewhere[kWorkspaceAlignment]{};
   auto const view = [&](DataType t, auto const& shape) {
     return ConstTensorView<std::tuple_size_v<std::decay_t<decltype(shape)>>>(&somewhere, t, shape);
   };
@@ -112,7 +112,7 @@ AttendProblem shape_only_problem(Context const& context, DataType dtype,
 // The backward of such a problem. dscores are taken to be wanted where there are gates: that takes
 // the most workspace.
 AttendBackwardProblem shape_only_backward(AttendProblem const& forward) {
-  static std::byte somewhere[kWorkspaceAlignment]{};
+  alignas(kWorkspaceAlignment) static std::byte somewhere[kWorkspaceAlignment]{};
   AttendBackwardProblem p{};
   p.forward = forward;
   p.forward.lse = somewhere;
