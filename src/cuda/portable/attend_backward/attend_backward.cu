@@ -21,8 +21,8 @@ namespace sparsek::cuda::portable {
 namespace {
 
 constexpr std::int64_t kSlotsPerBlock = 64;
-// Tiles are cut into pieces so that this many blocks of slots have work, if there are as many tiles:
-// four for each of two places on 132 processors.
+// Tiles are cut into pieces so that this many blocks of slots have work, if there are as many
+// tiles: four for each of two places on 132 processors.
 constexpr std::int64_t kTargetSlotBlocks = 1024;
 // But not shorter than this: a piece loads all its keys anew and carries their sums.
 constexpr std::int64_t kMinPiece = 8;

@@ -65,9 +65,10 @@ struct QueryConfig : RowConfig<kHeadDimension> {
   static_assert(kQueryTile % kRows == 0 && kKeyGroup % kKeys == 0);
 };
 
-// dk and dv: a block owns kKeys keys and goes through queries, kQueries at once. Two by two warps (at
-// 64 two by four): of S and dP each has half of the keys and a part of the queries, of dk and dv half
-// of the keys and a part of the head dimension. P and dS change hands through shared memory.
+// dk and dv: a block owns kKeys keys and goes through queries, kQueries at once. Two by two warps
+// (at 64 two by four): of S and dP each has half of the keys and a part of the queries, of dk and
+// dv half of the keys and a part of the head dimension. P and dS change hands through shared
+// memory.
 //
 // Registers of a thread, of 255, at kHeadDim = 128: 64 accumulators each of dk and dv, 32 each of S
 // and dP. With 32 keys to a warp a fragment serves two products, which costs 220 bytes of shared
