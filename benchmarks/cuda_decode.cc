@@ -1,5 +1,5 @@
-// Times decode steps on CUDA without Python in between: launches one after another, and replays of a
-// CUDA graph.
+// Times decode steps on CUDA without Python in between: launches one after another, and replays of
+// a CUDA graph.
 //
 //   sparsek_cuda_decode_bench [flags] [--config "flags"]...
 //
@@ -13,13 +13,14 @@
 //
 // Every --config is a configuration of its own, on top of the flags outside. One JSON object per
 // line and configuration goes to stdout. Times are microseconds. A step reads the rows in use once;
-// their number grows from k + w + 1 to k + w + C within a chunk, and a chunk begins with an eviction:
-//   border_us, full_us     the step that enters a chunk and the one with all rows in use: medians over
-//                          the chunks, from events around every step
+// their number grows from k + w + 1 to k + w + C within a chunk, and a chunk begins with an
+// eviction:
+//   border_us, full_us     the step that enters a chunk and the one with all rows in use: medians
+//                          over the chunks, from events around every step
 //   mean_us                of whole chunks without events in between: all steps over their number
 //   graph_mean_us          the same, every step the replay of one graph
-// "bytes" are those of k and v in use on average over a chunk, "full_bytes" with all rows in use; the
-// rates are bytes over mean_us and graph_mean_us, and full_bytes over full_us.
+// "bytes" are those of k and v in use on average over a chunk, "full_bytes" with all rows in use;
+// the rates are bytes over mean_us and graph_mean_us, and full_bytes over full_us.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -137,7 +138,8 @@ class DeviceMemory {
   void* data() const { return data_; }
   std::size_t bytes() const { return bytes_; }
 
-  // Copies of a block fill the memory. The block's odd length puts every row at another place of it.
+  // Copies of a block fill the memory. The block's odd length puts every row at another place of
+  // it.
   void tile(void const* block, std::size_t block_bytes) const {
     std::size_t const first = std::min(block_bytes, bytes_);
     check(cudaMemcpy(data_, block, first, cudaMemcpyHostToDevice), "cudaMemcpy");

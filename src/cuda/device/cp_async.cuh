@@ -14,6 +14,14 @@ __device__ __forceinline__ void store_shared_16(std::uint32_t address, uint4 val
                "r"(value.y), "r"(value.z), "r"(value.w)
                : "memory");
 }
+__device__ __forceinline__ uint4 load_shared_16(std::uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
 __device__ __forceinline__ float load_shared(std::uint32_t address) {
   float value;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
@@ -49,8 +57,8 @@ __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits until at most kPending of this thread's groups are under way. A barrier has to follow before
-// other threads read what was copied.
+// Waits until at most kPending of this thread's groups are under way. A barrier has to follow
+// before other threads read what was copied.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

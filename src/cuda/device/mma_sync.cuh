@@ -28,8 +28,8 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(std::uint32_t (&r)[4],
                : "r"(address));
 }
 
-// An 8 x 8 matrix of 16-bit values, transposed. Lane l holds row l / 4, columns 2 (l % 4) and the next:
-// a quarter of C becomes a half of B.
+// An 8 x 8 matrix of 16-bit values, transposed. Lane l holds row l / 4, columns 2 (l % 4) and the
+// next: a quarter of C becomes a half of B.
 __device__ __forceinline__ std::uint32_t movmatrix(std::uint32_t a) {
   std::uint32_t r;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(a));

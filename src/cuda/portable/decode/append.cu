@@ -1,4 +1,5 @@
-// Appending alone: one wide block for each KV head streams the new scores, then copies the rows that are left.
+// Appending alone: one wide block for each KV head streams the new scores, then copies the rows
+// that are left.
 #include "cuda/portable/decode/config.cuh"
 #include "cuda/runtime.hpp"
 
@@ -7,17 +8,29 @@ namespace {
 
 constexpr int kThreads = AppendEviction::kThreads;
 
+// The tokens at positions begin ... end - 1 of the call go into the window's rows.
+__device__ void append_rows(HeadState const& state, NewTokens const& tokens, int begin, int end) {
+  copy_rows<kThreads>(end - begin, state.row_bytes, [&](int i) {
+    int const token = begin + i - tokens.first;
+    std::int64_t const to = state.offset(state.window_row(begin + i));
+    return RowCopy{tokens.k_row(token), tokens.v_row(token), state.k + to, state.v + to,
+                   tokens.aligned};
+  });
+  for (int p = begin + static_cast<int>(threadIdx.x); p < end; p += kThreads) {
+    state.scores[state.window_row(p)] = tokens.score(p - tokens.first);
+  }
+}
+
 __global__ void __launch_bounds__(kThreads) append_kernel(__grid_constant__ DecodeCall const call) {
   extern __shared__ __align__(16) std::byte lists[];
   __shared__ EvictionScratch<AppendEviction> scratch;
   DecodeProblem const& p = call.problem;
   int const head = static_cast<int>(blockIdx.x);
-  int const batch = head / static_cast<int>(p.num_kv_heads);
-  int const kv_head = head % static_cast<int>(p.num_kv_heads);
+  int const batch = call.kv_heads.quotient(head), kv_head = call.kv_heads.remainder(head);
   Sequence const sequence(p, batch);
   if (!sequence.exists) return;
-  HeadState const state(p, sequence.block + kv_head * p.layout.head_bytes);
-  int const first = sequence.continues ? state.num_tokens() : 0;
+  HeadState const state(call, sequence.block + kv_head * p.layout.head_bytes);
+  int const first = sequence.continues ? state.read_header().num_tokens : 0;
   NewTokens const tokens = tokens_of(p, sequence, batch, kv_head, first, call.aligned_tokens);
   int const end = first + tokens.count;
   int const old_pool_end = state.pool_end(first), pool_end = state.pool_end(end);
@@ -26,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(__grid_constant__ Deco
                           call.lists ? call.lists + head * call.list_bytes : lists, scratch);
   }
   __syncthreads();  // selected rows have left the window before new tokens take their places
-  append_rows<kThreads>(state, tokens, max(first, pool_end), end);
+  append_rows(state, tokens, max(first, pool_end), end);
   if (threadIdx.x == 0) state.finish(end);
 }
 

@@ -12,17 +12,6 @@
 
 namespace sparsek::cuda::portable {
 
-// A call as the kernels take it.
-struct DecodeCall {
-  DecodeProblem problem;
-  int cluster_size;         // blocks that share a head's rows
-  int num_stages;           // of the pipeline that loads rows
-  bool aligned_tokens;      // k and v: rows start at multiples of 16 bytes
-  bool aligned_queries;     // q and out likewise
-  std::byte* lists;         // of evictions, in the workspace; null: in shared memory
-  std::int64_t list_bytes;  // of one block, or of one head's part of the workspace
-};
-
 // Appending alone: wide blocks, because one block streams a whole prompt's scores.
 using AppendEviction = EvictionConfig<512, 4>;
 
@@ -30,6 +19,8 @@ using AppendEviction = EvictionConfig<512, 4>;
 inline constexpr int kTileRows = 8;
 // Keys that a warp takes at a time: the rows of those results.
 inline constexpr int kBlockKeys = 16;
+// Portable; larger clusters need an attribute and are scheduled less well.
+inline constexpr int kMaxClusterSize = 8;
 // Tokens that attend at once. A query sees only the earlier ones of them, so more would be in vain.
 inline constexpr int kMaxRun = 128;
 
@@ -43,7 +34,7 @@ struct DecodeConfig {
   static constexpr int kWarps = kMaxDim > 128 ? 2 : 4;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kMaxStages = 3, kMinStages = 2;
-  using Evict = EvictionConfig<kThreads, 1>;
+  using Evict = EvictionConfig<kThreads, 128 / kThreads>;
 
   static constexpr int kChunks = kMaxDim / 8;  // 16-byte pieces of a row
   static constexpr int kPitch = kMaxDim * 2;   // bytes from one row to the next
@@ -51,30 +42,28 @@ struct DecodeConfig {
   // Rows of k, rows of v, their scores.
   static constexpr int kStageBytes = 2 * kTensorBytes + kBlockKeys * 4;
 
-  // After its last block a warp's stages hold its output [kQueryRows, kOutPitch] in float32; the
-  // pitch spreads a fragment's lanes over all banks.
+  // Then the same memory holds the warps' outputs [kQueryRows, kOutPitch] and the block's
+  // [kQueryRows, kMaxDim] in float32; the pitch spreads a fragment's lanes over all banks.
   static constexpr int kOutPitch = kMaxDim + 4;
-  static_assert(kQueryRows * kOutPitch * 4 <= kMinStages * kStageBytes);
-  // The block's output, for the other blocks of the cluster.
-  static constexpr int kPartialBytes = kQueryRows * kMaxDim * 4;
+  static_assert(kQueryRows * (kWarps * kOutPitch + kMaxDim) * 4 <=
+                kMinStages * kWarps * kStageBytes);
+  // Lists of evictions that fit into one stage of all warps lie there.
+  static constexpr int kMaxSharedLists = kWarps * kStageBytes;
 
   struct Shared {
     EvictionScratch<Evict> eviction;
-    float2 of_warp[kWarps][kQueryRows];  // maximum and sum of its weights
+    float2 of_warp[kWarps][kQueryRows];  // reference and sum of its weights
     float2 of_block[kQueryRows];
   };
-
-  // Lists of evictions and the block's output take turns.
-  static std::size_t shared_bytes(int num_stages, std::int64_t list_bytes) {
-    std::size_t const turns = list_bytes > kPartialBytes ? list_bytes : kPartialBytes;
-    return static_cast<std::size_t>(kWarps) * num_stages * kStageBytes + turns;
-  }
+  static constexpr int shared_bytes(int num_stages) { return num_stages * kWarps * kStageBytes; }
+  // By their shared memory, with kMaxStages where a multiprocessor has 227 KB.
+  static constexpr int kBlocksPerSm = 2;
 };
 
 // How the launcher cuts a call: a pure function of problem and device.
 struct DecodePlan {
   int max_query_rows;       // of a run: query heads of a group times tokens
-  int cluster_size;         // blocks that share a head
+  int cluster_log2;         // of the number of blocks that share a head
   std::int64_t list_bytes;  // of an eviction
   bool lists_in_workspace;  // else in shared memory
   std::size_t workspace_bytes;

@@ -5,6 +5,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <type_traits>
+#include <utility>
 
 #include "cuda/portable/decode/config.cuh"
 #include "cuda/runtime.hpp"
@@ -14,12 +18,7 @@ namespace sparsek::cuda::portable {
 namespace {
 
 constexpr std::int64_t kMaxHeadDim = 256;
-// Portable; larger clusters need an attribute and are scheduled less well.
-constexpr int kMaxClusterSize = 8;
-// Blocks that fit on a multiprocessor at up to 128 dimensions, by their shared memory.
-constexpr int kBlocksPerSm = 2;
-// Lists of evictions that leave room for them; longer ones go to the workspace.
-constexpr std::int64_t kMaxSharedLists = 12 * 1024;
+// Lists of evictions that are longer go to the workspace.
 constexpr std::int64_t kMaxSharedAppendLists = 96 * 1024;
 constexpr std::int64_t kMaxBlocks = INT32_MAX;
 
@@ -28,14 +27,20 @@ bool is_multiple_of_16_bytes(void const* data, std::initializer_list<std::int64_
   return std::all_of(strides.begin(), strides.end(), [](std::int64_t s) { return s % 8 == 0; });
 }
 
+// Calls body with the dimensions of the kernel's instance as an integral constant.
+template <typename Body>
+void with_max_dim(std::int64_t head_dim, Body const& body) {
+  if (head_dim <= 64) return body(std::integral_constant<int, 64>{});
+  if (head_dim <= 96) return body(std::integral_constant<int, 96>{});
+  if (head_dim <= 128) return body(std::integral_constant<int, 128>{});
+  body(std::integral_constant<int, 256>{});
+}
+
 template <typename T>
 void launch(DecodeCall const& call, DecodePlan const& plan, DeviceProperties const& device,
             cudaStream_t stream) {
-  std::int64_t const d = call.problem.head_dim;
-  if (d <= 64) return launch_decode<T, 64>(call, plan, device, stream);
-  if (d <= 96) return launch_decode<T, 96>(call, plan, device, stream);
-  if (d <= 128) return launch_decode<T, 128>(call, plan, device, stream);
-  return launch_decode<T, 256>(call, plan, device, stream);
+  with_max_dim(call.problem.head_dim,
+               [&](auto max_dim) { launch_decode<T, max_dim>(call, plan, device, stream); });
 }
 
 }  // namespace
@@ -68,22 +73,28 @@ DecodePlan plan_decode(DecodeProblem const& p, DeviceProperties const& device) {
 
   // Few heads: several blocks share one, as long as they find places side by side and each of their
   // warps has rows.
+  // NOTE: clusters of 4 and 8 find places for one block on each multiprocessor only: with two, half
+  // of them waited until the others had ended, and a step took longer than with half as many.
   std::int64_t const heads = p.batch * p.num_kv_heads;
-  std::int64_t const warps_of_rows = (p.layout.num_rows + kBlockKeys - 1) / kBlockKeys;
-  int const num_warps =
-      p.head_dim > 128 ? DecodeConfig<256, 1>::kWarps : DecodeConfig<128, 1>::kWarps;
-  plan.cluster_size = 1;
-  while (device.compute_capability >= 90 && plan.cluster_size < kMaxClusterSize &&
-         2 * plan.cluster_size * heads <= kBlocksPerSm * device.num_sms &&
-         2 * plan.cluster_size * num_warps <= warps_of_rows) {
-    plan.cluster_size *= 2;
-  }
-
-  int const slack = p.q ? DecodeConfig<128, 1>::Evict::kSlack : AppendEviction::kSlack;
-  plan.list_bytes = EvictionLists::bytes(p.layout.num_selected, p.layout.num_candidates, slack);
-  plan.lists_in_workspace = plan.list_bytes > (p.q ? kMaxSharedLists : kMaxSharedAppendLists);
-  plan.workspace_bytes =
-      plan.lists_in_workspace ? static_cast<std::size_t>(heads * plan.list_bytes) : 0;
+  std::int64_t const blocks_of_rows = (p.layout.num_rows + kBlockKeys - 1) / kBlockKeys;
+  with_max_dim(p.head_dim, [&](auto max_dim) {
+    using Config = DecodeConfig<max_dim, 1>;
+    plan.cluster_log2 = 0;
+    for (std::int64_t size = 2; device.compute_capability >= 90 && size <= kMaxClusterSize;
+         size *= 2) {
+      std::int64_t const places =
+          size == 2 ? Config::kBlocksPerSm * device.num_sms : device.num_sms;
+      if (size * heads > places || size * Config::kWarps > blocks_of_rows) break;
+      ++plan.cluster_log2;
+    }
+    int const slack = p.q ? Config::Evict::kSlack : AppendEviction::kSlack;
+    plan.list_bytes = EvictionLists::bytes(p.layout.num_selected, p.layout.num_candidates, slack);
+    plan.lists_in_workspace =
+        plan.list_bytes > (p.q ? std::int64_t{Config::kMaxSharedLists} : kMaxSharedAppendLists);
+  });
+  Carver carver(nullptr);
+  if (plan.lists_in_workspace) carver.take<std::byte>(heads * plan.list_bytes);
+  plan.workspace_bytes = carver.bytes();
   return plan;
 }
 
@@ -102,7 +113,11 @@ void decode(Context const& context, DecodeProblem const& p) {
   Workspace const workspace(context, plan.workspace_bytes);
   DecodeCall call{};
   call.problem = p;
-  call.cluster_size = plan.cluster_size;
+  call.kv_heads = Divisor(p.num_kv_heads);
+  call.group = Divisor(p.group);
+  call.chunk_size = Divisor(p.layout.chunk_size);
+  call.ring_rows = Divisor(p.layout.window + p.layout.chunk_size);
+  call.cluster_log2 = plan.cluster_log2;
   call.aligned_tokens =
       is_multiple_of_16_bytes(p.k, {p.stride_k_batch, p.stride_k_head, p.stride_k_position}) &&
       is_multiple_of_16_bytes(p.v, {p.stride_v_batch, p.stride_v_head, p.stride_v_position});

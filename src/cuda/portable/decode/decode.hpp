@@ -1,5 +1,5 @@
-// Decode on the GPU: appends tokens to state blocks and attends from them. docs/kernels/decode_cuda.md
-// has the account.
+// Decode on the GPU: appends tokens to state blocks and attends from them.
+// docs/kernels/decode_cuda.md has the account.
 #pragma once
 #include <cstddef>
 #include <string>

@@ -1,12 +1,14 @@
-// Eviction: the keys that leave the window compete with the selected ones, and the threshold goes on.
+// Eviction: the keys that leave the window compete with the selected ones, and the threshold goes
+// on.
 //
-// One block streams the keys that enter the pool, a prompt's or a chunk's alike, against two lists: the selected keys,
-// slot by slot, and the candidates' scores. Keys that can matter to neither are dropped at once; the lists are trimmed
-// when they are full. Only the last pool counts: the top k of a union is the top k of its parts, and so is T_c.
-// Rows are copied at the end, for keys that are still selected then.
+// One block streams the keys that enter the pool, a prompt's or a chunk's alike, against two lists:
+// the selected keys, slot by slot, and the candidates' scores. Keys that can matter to neither are
+// dropped at once; the lists are trimmed when they are full. Only the last pool counts: the top k
+// of a union is the top k of its parts, and so is T_c. Rows are copied at the end, for keys that
+// are still selected then.
 //
-// Nothing depends on the order in which threads run: ties are ranked by position, lists are compacted in order, and
-// sums are trees of fixed shape.
+// Nothing depends on the order in which threads run: ties are ranked by position, lists are
+// compacted in order, and sums are trees of fixed shape.
 #pragma once
 #include <climits>
 #include <cstdint>
@@ -90,6 +92,7 @@ class Eviction {
       if (threadIdx.x == 0) write_header(INFINITY, 0);
       return;
     }
+    if (end - old_end <= 32 && changes_nothing(old_end, end)) return;
     load(old_end);
     float const old_threshold = threshold_;
     int const old_candidates = num_candidates_;
@@ -125,6 +128,32 @@ class Eviction {
     state_.header->num_candidates = num_candidates;
   }
 
+  // Whether the keys at positions old_end ... end - 1, at most 32, are neither selected nor
+  // candidates.
+  // NOTE: with short chunks evictions are frequent, and few of them change anything; this takes one
+  // pass over the scores.
+  __device__ bool changes_nothing(int old_end, int end) {
+    if (old_end < k_) return false;
+    int const position = old_end + static_cast<int>(threadIdx.x % 32);
+    bool const exists = position < end;
+    float const score = exists ? score_at(position) : 0.0f;
+    std::uint64_t least = ~std::uint64_t{0};
+    for (int i = threadIdx.x; i < k_; i += kThreads)
+      least = lesser(least, selected_rank(i, old_end));
+    least = reduce(least, lesser);
+    float const threshold = state_.header->threshold;
+    return !__any_sync(~0u, exists && (rank_of(score, position) > least || score > threshold));
+  }
+
+  __device__ float score_at(int position) const {
+    return position < tokens_.first ? finite_score(state_.scores[state_.window_row(position)])
+                                    : tokens_.score(position - tokens_.first);
+  }
+  __device__ std::uint64_t selected_rank(int slot, int old_end) const {
+    int const position = min(max(state_.positions[slot], 0), old_end - 1);
+    return rank_of(finite_score(state_.scores[slot]), position);
+  }
+
   // Reads the pool of old_end keys. (A header that other options wrote must not lead astray.)
   __device__ void load(int old_end) {
     num_ranks_ = min(k_, old_end);
@@ -135,8 +164,7 @@ class Eviction {
       threshold_ = state_.header->threshold;
     }
     for (int i = threadIdx.x; i < num_ranks_; i += kThreads) {
-      int const position = min(max(state_.positions[i], 0), old_end - 1);
-      lists_.rank[i] = rank_of(finite_score(state_.scores[i]), position);
+      lists_.rank[i] = selected_rank(i, old_end);
     }
     for (int i = threadIdx.x; i < num_candidates_; i += kThreads) {
       lists_.candidate[i] = finite_score(state_.candidates[i]);
@@ -157,11 +185,7 @@ class Eviction {
     for (int j = 0; j < Config::kPerThread; ++j) {
       int const position = begin + j * kThreads + static_cast<int>(threadIdx.x);
       bool const exists = position < end;
-      float score = 0.0f;
-      if (exists) {
-        score = position < tokens_.first ? finite_score(state_.scores[state_.window_row(position)])
-                                         : tokens_.score(position - tokens_.first);
-      }
+      float const score = exists ? score_at(position) : 0.0f;
       rank[j] = rank_of(score, position);
       ranked[j] = __ballot_sync(~0u, exists && rank[j] > last_rank_);
       counted[j] = __ballot_sync(~0u, exists && score > floor_);
@@ -284,7 +308,8 @@ class Eviction {
     return reduce(least, lesser);
   }
 
-  // The n-th largest (1-based) of key(0) ... key(count - 1): radix selection whose digits are fitted to the range that is left.
+  // The n-th largest (1-based) of key(0) ... key(count - 1): radix selection whose digits are
+  // fitted to the range that is left.
   template <typename Key>
   __device__ std::uint64_t nth_largest(int count, int n, Key key) {
     std::uint64_t low = ~std::uint64_t{0}, high = 0;
@@ -313,8 +338,8 @@ class Eviction {
     return low;
   }
 
-  // Calls store(at, i, read(i)) for the i in 0 ... count - 1 that keep(i) chooses, at = 0, 1, ... in
-  // their order, and returns how many there are.
+  // Calls store(at, i, read(i)) for the i in 0 ... count - 1 that keep(i) chooses, at = 0, 1, ...
+  // in their order, and returns how many there are.
   template <typename Keep, typename Store, typename Read>
   __device__ int compact(int count, Keep keep, Store store, Read read) {
     int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -354,8 +379,8 @@ class Eviction {
   int parity_ = 0;
 };
 
-// NOTE: not inlined: the attention around it would lose registers to what runs once per chunk; by value, so that its own copies
-// can stay in registers.
+// NOTE: not inlined: the attention around it would lose registers to what runs once per chunk; by
+// value, so that its own copies can stay in registers.
 template <typename Config>
 __device__ __noinline__ void evict(HeadState state, NewTokens tokens, int old_end, int end,
                                    std::byte* list_memory, EvictionScratch<Config>& scratch) {

@@ -1,12 +1,13 @@
 // One decode call for one KV head: append, evict and attend in one kernel.
 //
-// A cluster of blocks (one block before sm_90) owns the head; each warp takes every n-th block of 16 rows. The call's tokens
-// are cut into runs within one chunk. A run
-//   1. evicts, where it enters a chunk: the first block of the cluster does, while the copies of the window's rows are
-//      already under way in all;
-//   2. appends its tokens to the state; nobody reads these rows there, since
-//   3. its queries take the new tokens from the call's tensors, older ones from the state;
-//   4. the warps' results are combined in a fixed order, first in each block, then over the cluster.
+// A cluster of blocks (one block before sm_90) owns the head; each warp takes every n-th block of
+// 16 rows. The call's tokens are cut into runs within one chunk. A run
+//   1. evicts, where it enters a chunk: the first block of the cluster does, while copies of the
+//      window's rows are already under way in all;
+//   2. attends: new tokens come from the call's tensors, older ones from the state;
+//   3. appends: the warp that has attended to a new token writes its row to the state, where nobody
+//      reads it yet;
+//   4. combines the warps' results in a fixed order, first in each block, then over the cluster.
 #pragma once
 #include <cstdint>
 
@@ -26,33 +27,29 @@ class DecodeBlock {
       : call_(call),
         p_(call.problem),
         shared_(shared),
-        rank_(static_cast<int>(blockIdx.x) % call.cluster_size),
-        head_(static_cast<int>(blockIdx.x) / call.cluster_size),
-        batch_(head_ / static_cast<int>(p_.num_kv_heads)),
-        kv_head_(head_ % static_cast<int>(p_.num_kv_heads)),
+        rank_(static_cast<int>(blockIdx.x) & ((1 << call.cluster_log2) - 1)),
+        head_(static_cast<int>(blockIdx.x) >> call.cluster_log2),
+        batch_(call.kv_heads.quotient(head_)),
+        kv_head_(call.kv_heads.remainder(head_)),
         head_dim_(static_cast<int>(p_.head_dim)),
-        group_(static_cast<int>(p_.group)),
         sequence_(p_, batch_),
-        state_(p_, sequence_.block + kv_head_ * p_.layout.head_bytes),
-        tokens_(tokens_of(p_, sequence_, batch_, kv_head_,
-                          sequence_.exists && sequence_.continues ? state_.num_tokens() : 0,
-                          call.aligned_tokens)) {
-    std::byte* const turns =
-        dynamic_shared + Config::kWarps * call.num_stages * Config::kStageBytes;
-    lists_ = call.lists ? call.lists + head_ * call.list_bytes : turns;
-    partial_ = reinterpret_cast<float*>(turns);
-    stages_ = dynamic_shared + warp() * call.num_stages * Config::kStageBytes;
-    first_stage_ = device::shared_address(stages_);
+        state_(call, sequence_.block + kv_head_ * p_.layout.head_bytes),
+        header_(sequence_.exists && sequence_.continues ? state_.read_header() : empty_header()),
+        tokens_(
+            tokens_of(p_, sequence_, batch_, kv_head_, header_.num_tokens, call.aligned_tokens)),
+        threshold_(header_.threshold),
+        memory_(dynamic_shared) {
+    // The list of an eviction lies in the last stages, to which nothing is copied before it.
+    lists_ =
+        call.lists ? call.lists + head_ * call.list_bytes : stage_of_warp(call.num_stages - 1, 0);
   }
 
   __device__ void run() {
     int const end = tokens_.first + tokens_.count;
-    if (tokens_.first > 0) threshold_ = state_.threshold();
     for (int begin = tokens_.first; begin < end;) {
-      std::int64_t const chunk_end =
-          (std::int64_t{begin / state_.chunk_size} + 1) * state_.chunk_size;
-      int const run_end =
-          static_cast<int>(min(min(std::int64_t{end}, chunk_end), std::int64_t{begin} + kMaxRun));
+      int const left_in_chunk =
+          static_cast<int>(state_.chunk_size.divisor) - state_.chunk_size.remainder(begin);
+      int const run_end = begin + min(min(end - begin, left_in_chunk), kMaxRun);
       process(begin, run_end);
       begin = run_end;
     }
@@ -68,7 +65,7 @@ class DecodeBlock {
 
   // Of the block, or of the cluster where it has several.
   __device__ void sync_cluster() const {
-    if (call_.cluster_size == 1) {
+    if (call_.cluster_log2 == 0) {
       __syncthreads();
     } else {
       __syncwarp();
@@ -77,146 +74,187 @@ class DecodeBlock {
     }
   }
 
+  __device__ std::byte* stage_of_warp(int stage, int warp) const {
+    return memory_ + (stage * Config::kWarps + warp) * Config::kStageBytes;
+  }
+
   __device__ void process(int begin, int end) {
     int const old_pool_end = state_.pool_end(begin), pool_end = state_.pool_end(end);
     VisibleRows const rows{pool_end, begin, end, min(state_.num_selected, pool_end)};
-    bool evicts = pool_end > old_pool_end;
-    bool appends = true;
-    int const num_rows = (end - begin) * group_;
+    int const num_rows = (end - begin) * group();
     for (int first = 0; first < num_rows; first += Config::kQueryRows) {
-      attend(rows, first, min(num_rows - first, Config::kQueryRows), [&] {
-        if (evicts) {
-          if (rank_ == 0) {
-            evict<typename Config::Evict>(state_, tokens_, old_pool_end, pool_end, lists_,
-                                          shared_.eviction);
-          }
-          sync_cluster();
-          threshold_ = state_.threshold();
-        }
-        if (appends && rank_ == 0) append_rows<kThreads>(state_, tokens_, begin, end);
-        evicts = appends = false;
-      });
+      bool const is_first = first == 0;
+      attend(rows, first, min(num_rows - first, Config::kQueryRows), is_first,
+             is_first && pool_end > old_pool_end);
     }
   }
 
-  // Query rows first ... first + count - 1 of a run. `change_state` is called when the first copies are under way.
-  template <typename ChangeState>
-  __device__ void attend(VisibleRows const& rows, int first, int count, ChangeState change_state) {
-    int const stride = call_.cluster_size * Config::kWarps;
+  // The pool has grown: its first keys take their rows. All blocks of the cluster.
+  __device__ void evict_keys(VisibleRows const& rows) {
+    if (rank_ == 0) {
+      evict<typename Config::Evict>(state_, tokens_, state_.pool_end(rows.run_begin), rows.pool_end,
+                                    lists_, shared_.eviction);
+    }
+    sync_cluster();
+    threshold_ = __ldcg(&state_.header->threshold);
+    if (head_dim_ < Config::kMaxDim) clear_stage(call_.num_stages - 1);
+  }
+
+  // Query rows first ... first + count - 1 of a run. With `evicts` the state changes when the first
+  // copies are under way, before selected rows are read; with `appends` the run's tokens are
+  // written to it after that.
+  __device__ void attend(VisibleRows const& rows, int first, int count, bool appends, bool evicts) {
     int const num_blocks = rows.num_blocks(), recent_blocks = rows.recent_blocks();
-    RowLoader<Config> const loader(state_, tokens_, rows, first_stage_);
-    if (head_dim_ < Config::kMaxDim) clear_stages();
+    RowLoader<Config> const loader(state_, tokens_, rows);
+    WarpAttention<T, Config> attention;
+    if (head_dim_ < Config::kMaxDim) {
+      for (int stage = 0; stage < call_.num_stages; ++stage) clear_stage(stage);
+    }
 
-    // Copies run num_stages - 1 blocks ahead.
-    int next = rank_ * Config::kWarps + warp();  // to be loaded
-    int block = next, to = 0, from = 0, issued = 0;
-    int const ahead = call_.num_stages - 1;
-    auto const load_next = [&] {
-      if (next < num_blocks) loader.load(next, to);
-      device::cp_async_commit();
-      next += stride;
-      to = to + 1 == call_.num_stages ? 0 : to + 1;
-      ++issued;
-    };
-    while (issued < ahead && next < recent_blocks) load_next();
-
-    std::int64_t const q_batch = batch_ * p_.stride_q_batch;
-    auto const* const q = static_cast<std::byte const*>(p_.q);
-    WarpAttention<T, Config> attention(
-        head_dim_, call_.aligned_queries,
-        [&](int i) -> std::byte const* {
-          if (i >= count) return nullptr;
-          return q + 2 * (q_batch + head_of(first + i) * p_.stride_q_head +
-                          (sequence_.first_row + token_of(rows, first + i)) * p_.stride_q_position);
-        },
-        [&](int i) { return (first + i) / group_; });
-
-    change_state();
-    while (issued < ahead) load_next();
-    Gating const gating{p_.gate, threshold_, static_cast<float>(p_.sm_scale) * 1.4426950408889634f};
+    // This warp's blocks are `block`, block + stride, ...; copies run num_stages - 1 of them ahead.
+    int const stride = Config::kWarps << call_.cluster_log2, ahead = call_.num_stages - 1;
+    int next = rank_ * Config::kWarps + warp();  // to be copied
+    int block = next - ahead * stride;           // to be attended to
+    int to = 0, from = 1;                        // their stages
+    bool ready = false;
     int const num_tiles = (count + kTileRows - 1) / kTileRows;
-    for (; block < num_blocks; block += stride) {
-      // NOTE: the wait counts groups at compile time.
-      if (ahead == 2) {
-        device::cp_async_wait_group<1>();
-      } else {
-        device::cp_async_wait_group<0>();
+    for (int step = -ahead; step <= 0 || block < num_blocks; ++step) {
+      if (step >= 0) {
+        // NOTE: the instruction takes a constant.
+        if (ahead == 2) {
+          device::cp_async_wait_group<1>();
+        } else {
+          device::cp_async_wait_group<0>();
+        }
+        __syncwarp();  // all lanes have their copies, and have read the stage that is next
       }
-      __syncwarp();
-      load_next();  // into the stage that was read last
-      bool const selected = block >= recent_blocks;
-      int const begin = (selected ? block - recent_blocks : block) * kBlockKeys;
-      int const exist = (selected ? rows.num_selected : rows.num_recent()) - begin;
-      attention.attend(first_stage_ + from * Config::kStageBytes, exist, selected,
-                       begin - rows.num_in_ring(), num_tiles, gating);
+      if (!ready && (step >= 0 || (evicts && next >= recent_blocks))) {
+        if (evicts) evict_keys(rows);
+        read_queries(attention, rows, first, count);
+        ready = true;
+      }
+      if (next < num_blocks) {
+        loader.load(next, device::shared_address(stage_of_warp(to, warp())));
+      }
+      device::cp_async_commit();
+      if (step >= 0 && block < num_blocks) {
+        bool const selected = block >= recent_blocks;
+        int const begin = (selected ? block - recent_blocks : block) * kBlockKeys;
+        int const exist = (selected ? rows.num_selected : rows.num_recent()) - begin;
+        std::uint32_t const stage = device::shared_address(stage_of_warp(from, warp()));
+        Gating const gating{p_.gate, threshold_,
+                            static_cast<float>(p_.sm_scale) * 1.4426950408889634f};
+        bool const has_new = !selected && begin + kBlockKeys > rows.num_in_ring();
+        attention.attend(stage, exist, selected, has_new || exist < kBlockKeys,
+                         begin - rows.num_in_ring(), num_tiles, gating);
+        if (appends && has_new) loader.append(block, stage);
+      }
+      next += stride, block += stride;
+      to = to + 1 == call_.num_stages ? 0 : to + 1;
       from = from + 1 == call_.num_stages ? 0 : from + 1;
     }
     device::cp_async_wait_all();
-    __syncwarp();
-    attention.store(reinterpret_cast<float*>(stages_), shared_.of_warp[warp()]);
+    __syncthreads();  // results take the stages' place
+    attention.store(out_of_warp(warp()), shared_.of_warp[warp()]);
     combine(rows, first, count);
   }
 
+  __device__ void read_queries(WarpAttention<T, Config>& attention, VisibleRows const& rows,
+                               int first, int count) const {
+    auto const* const q =
+        static_cast<std::byte const*>(p_.q) +
+        2 * (batch_ * p_.stride_q_batch + sequence_.first_row * p_.stride_q_position);
+    attention.begin(
+        head_dim_, call_.aligned_queries,
+        [&](int i) -> std::byte const* {
+          if (i >= count) return nullptr;
+          return q + 2 * (head_of(first + i) * p_.stride_q_head +
+                          token_of(rows, first + i) * p_.stride_q_position);
+        },
+        [&](int i) { return call_.group.quotient(first + i); });
+  }
+
   // Dimensions that the head does not have must not hold a NaN.
-  __device__ void clear_stages() const {
-    for (int i = lane(); i < call_.num_stages * Config::kStageBytes / 16; i += 32) {
-      reinterpret_cast<uint4*>(stages_)[i] = uint4{};
-    }
+  __device__ void clear_stage(int stage) const {
+    auto* const memory = reinterpret_cast<uint4*>(stage_of_warp(stage, warp()));
+    for (int i = lane(); i < Config::kStageBytes / 16; i += 32) memory[i] = uint4{};
     __syncwarp();
   }
 
   // --- results
 
-  __device__ int head_of(int query_row) const { return kv_head_ * group_ + query_row % group_; }
+  __device__ int group() const { return static_cast<int>(call_.group.divisor); }
+  __device__ int head_of(int query_row) const {
+    return kv_head_ * group() + call_.group.remainder(query_row);
+  }
+  // What follows the stages in the same memory: [kQueryRows, kOutPitch] for each warp, then
+  // [kQueryRows, kMaxDim].
+  __device__ float* out_of_warp(int warp) const {
+    return reinterpret_cast<float*>(memory_) + warp * Config::kQueryRows * Config::kOutPitch;
+  }
+  __device__ float* out_of_block() const { return out_of_warp(Config::kWarps); }
+
   // Of the call.
   __device__ int token_of(VisibleRows const& rows, int query_row) const {
-    return rows.run_begin - tokens_.first + query_row / group_;
+    return rows.run_begin - tokens_.first + call_.group.quotient(query_row);
   }
 
-  // Sums over the warps, then over the blocks of the cluster, and writes the rows. Ends with a barrier, after which all
-  // blocks see what the first one has appended.
+  // Sums over the warps, then over the blocks of the cluster, and writes the rows. Ends with a
+  // barrier, after which all blocks see what has been appended.
   __device__ void combine(VisibleRows const& rows, int first, int count) {
-    int const pieces = head_dim_ / 4;  // of 4 dimensions
+    constexpr int kPieces = Config::kMaxDim / 4;  // of 4 dimensions
     __syncthreads();
-    for (int i = threadIdx.x; i < count * pieces; i += kThreads) {
-      int const row = i / pieces, d = i % pieces * 4;
+    for (int i = threadIdx.x; i < count * kPieces; i += kThreads) {
+      int const row = i / kPieces, d = i % kPieces * 4;
+      if (d >= head_dim_) continue;
       Weighted result;
 #pragma unroll
-      for (int w = 0; w < Config::kWarps; ++w) {
-        result.raise(shared_.of_warp[w][row].x);
-      }
+      for (int w = 0; w < Config::kWarps; ++w) result.raise(shared_.of_warp[w][row].x);
 #pragma unroll
       for (int w = 0; w < Config::kWarps; ++w) {
-        auto const* const out =
-            reinterpret_cast<float const*>(stages_ +
-                                           (w - warp()) * call_.num_stages * Config::kStageBytes) +
-            row * Config::kOutPitch + d;
+        float const* const out = out_of_warp(w) + row * Config::kOutPitch + d;
         result.add(shared_.of_warp[w][row], *reinterpret_cast<float4 const*>(out));
       }
-      if (call_.cluster_size == 1) {
+      if (call_.cluster_log2 == 0) {
         write(rows, first + row, d, result);
       } else {
-        *reinterpret_cast<float4*>(partial_ + row * Config::kMaxDim + d) = result.out;
+        *reinterpret_cast<float4*>(out_of_block() + row * Config::kMaxDim + d) = result.out;
         if (d == 0) shared_.of_block[row] = {result.maximum, result.sum};
       }
     }
-    if (call_.cluster_size == 1) {
+    if (call_.cluster_log2 == 0) {
       __syncthreads();
-      return;
+    } else {
+      combine_cluster(rows, first, count);
     }
+  }
+
+  __device__ void combine_cluster(VisibleRows const& rows, int first, int count) {
+    constexpr int kPieces = Config::kMaxDim / 4;
+    int const cluster_size = 1 << call_.cluster_log2;
     sync_cluster();
     std::uint32_t const of_block = device::shared_address(shared_.of_block);
-    std::uint32_t const partial = device::shared_address(partial_);
-    for (int i = rank_ + call_.cluster_size * static_cast<int>(threadIdx.x); i < count * pieces;
-         i += call_.cluster_size * kThreads) {
-      int const row = i / pieces, d = i % pieces * 4;
-      Weighted result;
-      for (int r = 0; r < call_.cluster_size; ++r) {
-        result.raise(device::load_from_rank_x2(of_block + 8 * row, r).x);
+    std::uint32_t const out = device::shared_address(out_of_block());
+    for (int i = rank_ + (static_cast<int>(threadIdx.x) << call_.cluster_log2); i < count * kPieces;
+         i += kThreads << call_.cluster_log2) {
+      int const row = i / kPieces, d = i % kPieces * 4;
+      if (d >= head_dim_) continue;
+      // All loads are under way at once; ranks beyond the cluster's size read the first block
+      // again.
+      float2 weights[kMaxClusterSize];
+      float4 part[kMaxClusterSize];
+#pragma unroll
+      for (int r = 0; r < kMaxClusterSize; ++r) {
+        int const rank = r < cluster_size ? r : 0;
+        weights[r] = device::load_from_rank_x2(of_block + 8 * row, rank);
+        part[r] = device::load_from_rank_x4(out + 4 * (row * Config::kMaxDim + d), rank);
       }
-      for (int r = 0; r < call_.cluster_size; ++r) {
-        result.add(device::load_from_rank_x2(of_block + 8 * row, r),
-                   device::load_from_rank_x4(partial + 4 * (row * Config::kMaxDim + d), r));
+      Weighted result;
+#pragma unroll
+      for (int r = 0; r < kMaxClusterSize; ++r) result.raise(weights[r].x);
+#pragma unroll
+      for (int r = 0; r < kMaxClusterSize; ++r) {
+        if (r < cluster_size) result.add(weights[r], part[r]);
       }
       write(rows, first + row, d, result);
     }
@@ -250,7 +288,7 @@ class DecodeBlock {
 
   __device__ void write(VisibleRows const& rows, int query_row, int d, Weighted const& r) const {
     int const head = head_of(query_row), token = token_of(rows, query_row);
-    float const scale = r.sum > 0.0f ? 1.0f / r.sum : 0.0f;
+    float const scale = r.sum > 0.0f ? __fdividef(1.0f, r.sum) : 0.0f;
     store_4(out_address(head, token, d), device::pack2<T>(r.out.x * scale, r.out.y * scale),
             device::pack2<T>(r.out.z * scale, r.out.w * scale));
     if (d == 0 && p_.lse) {
@@ -270,15 +308,14 @@ class DecodeBlock {
 
   // Tokens of the call that do not exist: output 0, lse -inf.
   __device__ void clear_rows() const {
-    int const pieces = head_dim_ / 4, missing = sequence_.count - tokens_.count;
-    std::int64_t const total = std::int64_t{missing} * group_ * pieces;
-    for (std::int64_t i = rank_ * kThreads + static_cast<int>(threadIdx.x); i < total;
-         i += call_.cluster_size * kThreads) {
-      int const d = static_cast<int>(i % pieces) * 4;
-      int const head = kv_head_ * group_ + static_cast<int>(i / pieces % group_);
-      int const token = tokens_.count + static_cast<int>(i / pieces / group_);
-      store_4(out_address(head, token, d), 0, 0);
-      if (d == 0 && p_.lse) *lse_address(head, token) = -INFINITY;
+    int const pieces = head_dim_ / 4;
+    for (int token = tokens_.count; token < sequence_.count; ++token) {
+      for (int i = rank_ * kThreads + static_cast<int>(threadIdx.x); i < group() * pieces;
+           i += kThreads << call_.cluster_log2) {
+        int const head = kv_head_ * group() + i / pieces, d = i % pieces * 4;
+        store_4(out_address(head, token, d), 0, 0);
+        if (d == 0 && p_.lse) *lse_address(head, token) = -INFINITY;
+      }
     }
   }
 
@@ -287,19 +324,19 @@ class DecodeBlock {
   Shared& shared_;
   int rank_;  // of the block in its cluster
   int head_, batch_, kv_head_;
-  int head_dim_, group_;
+  int head_dim_;
   Sequence sequence_;
   HeadState state_;
+  DecodeHeadHeader header_;
   NewTokens tokens_;
-  float threshold_ = -INFINITY;
+  float threshold_;
+  std::byte* memory_;  // dynamic shared memory
   std::byte* lists_;
-  float* partial_;     // [kQueryRows, kMaxDim], shared
-  std::byte* stages_;  // this warp's
-  std::uint32_t first_stage_;
 };
 
 template <typename T, int kMaxDim, int kTiles>
-__global__ void __launch_bounds__((DecodeConfig<kMaxDim, kTiles>::kThreads))
+__global__ void __launch_bounds__((DecodeConfig<kMaxDim, kTiles>::kThreads),
+                                  (DecodeConfig<kMaxDim, kTiles>::kBlocksPerSm))
     decode_kernel(__grid_constant__ DecodeCall const call) {
   using Config = DecodeConfig<kMaxDim, kTiles>;
   extern __shared__ __align__(128) std::byte dynamic_shared[];

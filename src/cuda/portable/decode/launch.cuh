@@ -14,30 +14,32 @@ void launch_decode_tiles(DecodeCall call, DecodePlan const& plan, DeviceProperti
                          cudaStream_t stream) {
   using Config = DecodeConfig<kMaxDim, kTiles>;
   auto* const kernel = decode_kernel<T, kMaxDim, kTiles>;
-  // As many stages as leave two blocks on a multiprocessor; where not even one block fits with
-  // them, fewer.
-  std::int64_t const list_bytes = plan.lists_in_workspace ? 0 : plan.list_bytes;
   call.num_stages = Config::kMaxStages;
   while (call.num_stages > Config::kMinStages &&
-         Config::shared_bytes(call.num_stages, list_bytes) + sizeof(typename Config::Shared) >
+         Config::shared_bytes(call.num_stages) + sizeof(typename Config::Shared) >
              static_cast<std::size_t>(device.shared_bytes_per_block)) {
     --call.num_stages;
   }
-  auto const bytes = static_cast<int>(Config::shared_bytes(call.num_stages, list_bytes));
+  int const bytes = Config::shared_bytes(call.num_stages);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "decode: shared memory of the kernel");
+  // NOTE: without the hint a multiprocessor may be left with shared memory for one block.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared),
         "decode: shared memory of the kernel");
 
   cudaLaunchConfig_t launch{};
+  unsigned const cluster_size = 1u << call.cluster_log2;
   launch.gridDim =
-      static_cast<unsigned>(call.problem.batch * call.problem.num_kv_heads * call.cluster_size);
+      static_cast<unsigned>(call.problem.batch * call.problem.num_kv_heads) * cluster_size;
   launch.blockDim = Config::kThreads;
   launch.dynamicSmemBytes = bytes;
   launch.stream = stream;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(call.cluster_size), 1, 1};
+  cluster.val.clusterDim = {cluster_size, 1, 1};
   launch.attrs = &cluster;
-  launch.numAttrs = call.cluster_size > 1 ? 1 : 0;
+  launch.numAttrs = cluster_size > 1 ? 1 : 0;
   check(cudaLaunchKernelEx(&launch, kernel, call), "decode kernel");
 }
 

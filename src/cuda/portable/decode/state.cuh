@@ -4,14 +4,17 @@
 #include <cfloat>
 #include <cstdint>
 
+#include "cuda/portable/decode/call.cuh"
 #include "problem.hpp"
 
 namespace sparsek::cuda::portable {
 
-inline constexpr std::int64_t kMaxTokens = INT32_MAX - 1;  // one beyond the last must fit too
+inline constexpr int kMaxTokens = INT32_MAX - 1;  // one beyond the last must fit too
 
 // A score as everything here sees it: finite, so that no comparison meets a NaN.
 __device__ inline float finite_score(float u) { return fminf(fmaxf(u, -FLT_MAX), FLT_MAX); }
+
+__device__ inline DecodeHeadHeader empty_header() { return {0, 0, -INFINITY, 0}; }
 
 struct HeadState {
   DecodeHeadHeader* header;
@@ -19,30 +22,35 @@ struct HeadState {
   int* positions;
   float* scores;
   std::byte *k, *v;
-  int num_selected, window, chunk_size, num_candidates;  // k, w, C, M
-  int row_bytes;                                         // of a row of k or v
+  int num_selected, window, num_candidates;  // k, w, M
+  int row_bytes;                             // of a row of k or v
+  Divisor chunk_size, ring_rows;             // C, w + C
 
-  __device__ HeadState(DecodeProblem const& p, std::byte* head)
+  __device__ HeadState(DecodeCall const& call, std::byte* head)
       : header(reinterpret_cast<DecodeHeadHeader*>(head)),
-        candidates(reinterpret_cast<float*>(head + p.layout.candidates_offset)),
-        positions(reinterpret_cast<int*>(head + p.layout.positions_offset)),
-        scores(reinterpret_cast<float*>(head + p.layout.scores_offset)),
-        k(head + p.layout.k_offset),
-        v(head + p.layout.v_offset),
-        num_selected(static_cast<int>(p.layout.num_selected)),
-        window(static_cast<int>(p.layout.window)),
-        chunk_size(static_cast<int>(p.layout.chunk_size)),
-        num_candidates(static_cast<int>(p.layout.num_candidates)),
-        row_bytes(static_cast<int>(p.head_dim) * 2) {}
+        candidates(reinterpret_cast<float*>(head + call.problem.layout.candidates_offset)),
+        positions(reinterpret_cast<int*>(head + call.problem.layout.positions_offset)),
+        scores(reinterpret_cast<float*>(head + call.problem.layout.scores_offset)),
+        k(head + call.problem.layout.k_offset),
+        v(head + call.problem.layout.v_offset),
+        num_selected(static_cast<int>(call.problem.layout.num_selected)),
+        window(static_cast<int>(call.problem.layout.window)),
+        num_candidates(static_cast<int>(call.problem.layout.num_candidates)),
+        row_bytes(static_cast<int>(call.problem.head_dim) * 2),
+        chunk_size(call.chunk_size),
+        ring_rows(call.ring_rows) {}
 
-  // NOTE: read past L1: another block of the cluster may have written it.
-  __device__ int num_tokens() const { return max(0, __ldcg(&header->num_tokens)); }
-  __device__ float threshold() const { return __ldcg(&header->threshold); }
+  // In one piece, and past L1: another block of the cluster may have written it.
+  __device__ DecodeHeadHeader read_header() const {
+    int4 const raw = __ldcg(reinterpret_cast<int4 const*>(header));
+    if (raw.x <= 0) return empty_header();
+    return {min(raw.x, kMaxTokens), raw.y, __int_as_float(raw.z), raw.w};
+  }
 
   // The end of the pool that the newest of `num_tokens` tokens sees.
   __device__ int pool_end(int num_tokens) const {
     if (num_tokens == 0) return 0;
-    return max(0, (num_tokens - 1) / chunk_size * chunk_size - window);
+    return max(0, num_tokens - 1 - chunk_size.remainder(num_tokens - 1) - window);
   }
   // The header after a call that leaves `num_tokens`; an eviction has written the rest.
   __device__ void finish(int num_tokens) const {
@@ -53,8 +61,9 @@ struct HeadState {
       header->num_candidates = 0;
     }
   }
-  __device__ int ring_rows() const { return window + chunk_size; }
-  __device__ int window_row(int position) const { return num_selected + position % ring_rows(); }
+  __device__ int window_row(int position) const {
+    return num_selected + ring_rows.remainder(position);
+  }
   __device__ std::int64_t offset(int row) const { return std::int64_t{row} * row_bytes; }
 };
 
@@ -75,25 +84,26 @@ struct NewTokens {
 // What a call means for one sequence. Wrong values in memory (block_index, lengths, cu_seqlens, a
 // header of other options) give unspecified results but no access outside the tensors.
 struct Sequence {
-  bool exists;             // its block lies in the pool
-  bool continues;          // what the block holds counts
-  int count;               // tokens of the call, existing or not
-  int valid;               // those that exist
-  std::int64_t first_row;  // of the sequence, in packed tensors
+  bool exists;     // its block lies in the pool
+  bool continues;  // what the block holds counts
+  int count;       // tokens of the call, existing or not
+  int valid;       // those that exist
+  int first_row;   // of the sequence, in packed tensors
   std::byte* block;
 
   __device__ Sequence(DecodeProblem const& p, int b) {
-    std::int64_t begin = 0, end = p.seq_len;
+    int const total = static_cast<int>(p.seq_len);
+    int begin = 0, end = total;
     if (p.cu_seqlens) {
-      begin = min(max(std::int64_t{p.cu_seqlens[b]}, std::int64_t{0}), p.seq_len);
-      end = min(max(std::int64_t{p.cu_seqlens[b + 1]}, begin), p.seq_len);
+      begin = min(max(p.cu_seqlens[b], 0), total);
+      end = min(max(p.cu_seqlens[b + 1], begin), total);
     }
     int const index = p.block_index[b];
     exists = index >= 0 && index < p.num_blocks;
     continues = !p.continues || p.continues[b] != 0;
     block = static_cast<std::byte*>(p.state) + (exists ? index : 0) * p.stride_block;
     first_row = begin;
-    count = static_cast<int>(end - begin);
+    count = end - begin;
     valid = p.lengths ? min(max(p.lengths[b], 0), count) : count;
     if (!exists) valid = 0;
   }
@@ -109,7 +119,7 @@ __device__ inline NewTokens tokens_of(DecodeProblem const& p, Sequence const& s,
   };
   return {
       .first = first,
-      .count = static_cast<int>(min(std::int64_t{s.valid}, kMaxTokens - first)),
+      .count = min(s.valid, kMaxTokens - first),
       .k = row(p.k, p.stride_k_batch, p.stride_k_head, p.stride_k_position),
       .v = row(p.v, p.stride_v_batch, p.stride_v_head, p.stride_v_position),
       .stride_k = 2 * p.stride_k_position,
@@ -164,21 +174,6 @@ __device__ inline void copy_rows(int count, int row_bytes, Row row) {
       *reinterpret_cast<uint4*>(to_k[j]) = k[j];
       *reinterpret_cast<uint4*>(to_v[j]) = v[j];
     }
-  }
-}
-
-// The tokens at positions begin ... end - 1 of the call go into the window's rows.
-template <int kThreads>
-__device__ inline void append_rows(HeadState const& state, NewTokens const& tokens, int begin,
-                                   int end) {
-  copy_rows<kThreads>(end - begin, state.row_bytes, [&](int i) {
-    int const token = begin + i - tokens.first;
-    std::int64_t const to = state.offset(state.window_row(begin + i));
-    return RowCopy{tokens.k_row(token), tokens.v_row(token), state.k + to, state.v + to,
-                   tokens.aligned};
-  });
-  for (int p = begin + static_cast<int>(threadIdx.x); p < end; p += kThreads) {
-    state.scores[state.window_row(p)] = tokens.score(p - tokens.first);
   }
 }
 
