@@ -41,6 +41,9 @@ for what in ${*:-check sanitize python bench}; do
           step "${program##*/sparsek_cuda_}-$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$program" "${quick[@]}"
         done
       done
+      for tool in memcheck racecheck; do
+        step "decode_check-$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$programs/sparsek_cuda_decode_check" --quick
+      done
       ;;
     python) step python scripts/gpu_python.sh python3 -m pytest tests/python -q -k "cuda and not inductor" ;;
     bench)

@@ -492,9 +492,9 @@ def test_cuda_graph(chunk_size):
     cache = make_cache(sequences)
     run_pieces(sequences, cache, [("prefill", 100), *steps(3)])
     buffers = [x.clone() for x in sequences.tokens(103, 104)]
+    saved = cache.state.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    saved = cache.state.clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         cache.step(*buffers)  # warm-up
