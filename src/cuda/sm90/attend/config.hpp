@@ -28,6 +28,15 @@ inline constexpr int kThreads =
 //   kGeneral  visibility and gate are worked out for every (row, key)
 enum class Mode { kAligned, kGeneral };
 
+// Two kernels with the same work, shared memory and barriers.
+//   kPlain  aligned mode. The producer copies first and admits keys to the slots afterwards; an
+//           entering row is copied by 16 lanes at once (64 columns: 8). Faster where many keys
+//           enter per tile.
+//   kAhead  both modes. The producer admits keys while it would wait, two warps share the bulk
+//           copies, four lanes copy an entering row, and the consumers ask barriers ahead. Faster
+//           where few keys enter: long sequences, groups of query heads, general mode.
+enum class Pipeline { kPlain, kAhead };
+
 // One query tile of one query head, as the producer tells the consumers.
 struct TilePlan {
   int tile;           // t
@@ -48,7 +57,11 @@ enum PlanFlag : int {
   kReleaseLast = 16,   // the next tile needs something else in the window slot
   kReleaseSlots = 32,  // the last tile that uses the slots as they are
   kMore = 64,          // another tile follows
+  // kAhead only:
+  kLowerWhole = 128,  // rows 0 ... 63 all exist
+  kUpperWhole = 256,  // rows 64 ... 127 all exist
 };
+inline constexpr int kBlocksShift = 16;  // kAhead: num_blocks again, in the flags
 
 // Bytes from a base aligned to 1024. kDim: 64 or 128 columns of 16 bits (a head_dim of 96 lies in
 // 128, the rest zero).

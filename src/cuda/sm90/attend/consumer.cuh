@@ -1,4 +1,5 @@
-// A consumer warpgroup: 64 query rows of a tile, one 128-key block after another.
+// A consumer warpgroup of the plain kernel (Pipeline::kPlain, aligned mode): 64 query rows of a
+// tile, one 128-key block after another.
 //
 // Every step issues the scores of one block together with the output product of the block before,
 // across tiles and heads: first block, slots, last block, next tile's first block ... So the matrix
@@ -11,29 +12,24 @@
 #include "cuda/device/mma_sync.cuh"
 #include "cuda/device/wgmma.cuh"
 #include "cuda/sm90/attend/config.hpp"
+#include "cuda/sm90/attend/scores.cuh"
 
 namespace sparsek::cuda::sm90 {
 
-template <typename T, int kDim, Mode kMode, bool kValueGate>
+template <typename T, int kDim>
 class Consumer {
-  using L = Layout<kDim, kMode>;
+  using L = Layout<kDim, Mode::kAligned>;
   static constexpr int kK16 = kDim / 16;     // 16-column steps of the score product
   static constexpr int kOutRegs = kDim / 2;  // accumulators of the output
-  static constexpr bool kGeneral = kMode == Mode::kGeneral;
   template <int N>
   using Int = std::integral_constant<int, N>;
   using Scores128 = float[64];
-  using Scores64 = float[32];
 
-  // Aligned: a tile's first block sets the reference exponent kHeadroom above its row maximum.
-  // Later blocks are weighed without looking for a maximum: fp16 has room for weights 2^(kHeadroom
-  // + 14) times the first block's largest, and the sums show whether that sufficed. If not, the
-  // scores are still there: find the maximum, rescale, weigh again. Each warp decides for itself.
-  // General: the gates need the registers in which the scores would wait for that, so every block's
-  // maximum is found first.
+  // A tile's first block sets the reference exponent kHeadroom above its row maximum. Later blocks
+  // are weighed without looking for a maximum: fp16 has room for weights 2^(kHeadroom + 14) times
+  // the first block's largest, and the sums show whether that sufficed. If not, the scores are
+  // still there: find the maximum, rescale, weigh again. Each warp decides for itself.
   static constexpr float kHeadroom = 8.f, kSumLimit = 16384.f;
-  // Stands for the maximum of a row that has seen no key yet.
-  static constexpr float kNoReference = -1e30f;
 
  public:
   __device__ __forceinline__ Consumer(Params const& p, std::uint32_t smem, char* generic, int wg)
@@ -105,22 +101,8 @@ class Consumer {
     // NOTE: broadcast, so that the compiler knows that the branches on them are uniform; else it
     // serialises the products.
     flags_ = __shfl_sync(~0u, next.flags, 0);
-    tile_ = __shfl_sync(~0u, next.tile, 0);
     blocks_ = __shfl_sync(~0u, next.num_blocks, 0);
     ++tiles_;
-    if (kGeneral) {
-      // Thresholds of this thread's two rows, and where their pools end relative to the window
-      // tile.
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        int const position = tile_ * kTile + row() + 8 * r;
-        int const chunk = position / p_.chunk_size;
-        int const valid_chunk =
-            min(chunk, (tile_ * kTile + max(next.row_end, 1) - 1) / p_.chunk_size);
-        tau_[r] = p_.gated ? p_.threshold[next.chunk_offset + valid_chunk] : 0.f;
-        pool_end_[r] = p_.gated ? chunk * p_.chunk_size - p_.window - (tile_ - 1) * kTile : -kTile;
-      }
-    }
   }
 
   // --- products ----------------------------------------------------------------------------------
@@ -163,78 +145,25 @@ class Consumer {
   __device__ __forceinline__ void end_products() { device::named_barrier_arrive(2 - wg_, 256); }
 
   // --- softmax -----------------------------------------------------------------------------------
-  __device__ __forceinline__ static float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-  }
-  template <int N>
-  __device__ __forceinline__ void row_max(float (&S)[N], float& x0, float& x1) const {
-    x0 = S[0], x1 = S[2];
-    float y0 = S[1], y1 = S[3];
-#pragma unroll
-    for (int j = 1; j < N / 4; ++j) {
-      x0 = fmaxf(x0, S[4 * j]), y0 = fmaxf(y0, S[4 * j + 1]);
-      x1 = fmaxf(x1, S[4 * j + 2]), y1 = fmaxf(y1, S[4 * j + 3]);
-    }
-    x0 = quad_max(fmaxf(x0, y0)) * scale_, x1 = quad_max(fmaxf(x1, y1)) * scale_;
-  }
-
-  // Which gates weigh a block's columns in general mode.
-  enum class Columns { kPlain, kSlots, kWindow, kDiagonal };
-
-  // Gates of 4 columns (16 g + 2 q, + 1, + 8, + 9) for this thread's two rows.
-  template <Columns kColumns>
-  __device__ __forceinline__ void gates_of(int g, int block, float (&m)[2][4]) const {
-    int const place = g * 16 + quad() * 4;
-    int const base =
-        kColumns == Columns::kSlots ? L::kSlotScore + block * kTile * 4 : L::kWindowScore;
-    float4 const u = device::load_shared_float4(smem_ + base + place * 4);
-    float const score[4] = {u.x, u.y, u.z, u.w};
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        m[r][c] = __saturatef(score[c] - tau_[r]);
-        if (kColumns != Columns::kSlots) {
-          int const column = 16 * g + 2 * quad() + (c & 1) + (c >> 1) * 8 +
-                             (kColumns == Columns::kDiagonal ? kTile : 0);
-          if (column >= pool_end_[r]) m[r][c] = 1.f;
-        }
-      }
-    }
-  }
-
   // Weights of keys 16 g ... 16 g + 15.
-  template <Columns kColumns, int N>
-  __device__ __forceinline__ void weigh(float (&S)[N], int g, int block) {
-    float m[2][4];
-    constexpr bool kGated = kGeneral && kColumns != Columns::kPlain;
-    if (kGated) gates_of<kColumns>(g, block, m);
+  template <int N>
+  __device__ __forceinline__ void weigh(float (&S)[N], int g) {
 #pragma unroll
     for (int i = 8 * g; i < 8 * g + 8; i += 4) {
-      int const c = (i & 4) >> 1;
       float const a = device::exp2_approx(fmaf(S[i], scale_, -m0_));
       float const b = device::exp2_approx(fmaf(S[i + 1], scale_, -m0_));
       float const d = device::exp2_approx(fmaf(S[i + 2], scale_, -m1_));
       float const e = device::exp2_approx(fmaf(S[i + 3], scale_, -m1_));
-      if (!kGated) {
-        s0_ += a, r0_ += b, s1_ += d, r1_ += e;
-        P_[i / 2] = device::pack2<T>(a, b), P_[i / 2 + 1] = device::pack2<T>(d, e);
-      } else {
-        float const ma = a * m[0][c], mb = b * m[0][c + 1], md = d * m[1][c], me = e * m[1][c + 1];
-        // Value gate: the gate weighs the value, not the normaliser.
-        s0_ += kValueGate ? a : ma, r0_ += kValueGate ? b : mb;
-        s1_ += kValueGate ? d : md, r1_ += kValueGate ? e : me;
-        P_[i / 2] = device::pack2<T>(ma, mb), P_[i / 2 + 1] = device::pack2<T>(md, me);
-      }
+      s0_ += a, r0_ += b, s1_ += d, r1_ += e;
+      P_[i / 2] = device::pack2<T>(a, b), P_[i / 2 + 1] = device::pack2<T>(d, e);
     }
   }
   __device__ __forceinline__ void clear_sums() { s0_ = s1_ = r0_ = r1_ = 0.f; }
-  template <Columns kColumns, int N>
-  __device__ __forceinline__ void weigh_block(float (&S)[N], int block) {
+  template <int N>
+  __device__ __forceinline__ void weigh_block(float (&S)[N]) {
     clear_sums();
 #pragma unroll
-    for (int g = 0; g < N / 8; ++g) weigh<kColumns>(S, g, block);
+    for (int g = 0; g < N / 8; ++g) weigh(S, g);
   }
   // Raises the reference exponents to n0, n1: earlier weights and sums shrink.
   __device__ __forceinline__ void raise_reference(float n0, float n1) {
@@ -245,59 +174,20 @@ class Consumer {
       O_[4 * j] *= c0, O_[4 * j + 1] *= c0, O_[4 * j + 2] *= c1, O_[4 * j + 3] *= c1;
     }
   }
-  template <Columns kColumns, int N>
-  __device__ __forceinline__ void weigh_later(float (&S)[N], int block) {
-    if constexpr (kGeneral) {
+  template <int N>
+  __device__ __forceinline__ void weigh_later(float (&S)[N]) {
+    weigh_block(S);
+    if (__any_sync(~0u, !(s0_ + r0_ < kSumLimit && s1_ + r1_ < kSumLimit))) {
       float x0, x1;
-      row_max(S, x0, x1);
-      if (__any_sync(~0u, x0 > m0_ || x1 > m1_)) raise_reference(fmaxf(m0_, x0), fmaxf(m1_, x1));
-      weigh_block<kColumns>(S, block);
-    } else {
-      weigh_block<kColumns>(S, block);
-      if (__any_sync(~0u, !(s0_ + r0_ < kSumLimit && s1_ + r1_ < kSumLimit))) {
-        float x0, x1;
-        row_max(S, x0, x1);
-        raise_reference(fmaxf(m0_, x0 + kHeadroom), fmaxf(m1_, x1 + kHeadroom));
-        weigh_block<kColumns>(S, block);
-      }
+      row_max(S, scale_, x0, x1);
+      raise_reference(fmaxf(m0_, x0 + kHeadroom), fmaxf(m1_, x1 + kHeadroom));
+      weigh_block(S);
     }
     l0_ += s0_ + r0_, l1_ += s1_ + r1_;
   }
 
-  // --- masks -------------------------------------------------------------------------------------
-  // Causal mask of the diagonal tile's keys kBegin ...
-  template <int kBegin, int N>
-  __device__ __forceinline__ void mask_future(float (&S)[N]) const {
-    int const last = row() - 2 * quad();
-#pragma unroll
-    for (int j = kBegin / 8; j < N / 4; ++j) {
-      if (8 * j > last) S[4 * j] = -INFINITY;
-      if (8 * j + 1 > last) S[4 * j + 1] = -INFINITY;
-      if (8 * j > last + 8) S[4 * j + 2] = -INFINITY;
-      if (8 * j + 1 > last + 8) S[4 * j + 3] = -INFINITY;
-    }
-  }
-  // General mode: a key is seen by rows before its expiry; `rows_before`: rows from the tile that
-  // the expiries count from to this one.
-  template <int N>
-  __device__ __forceinline__ void mask_expired(float (&S)[N], int expiry_base,
-                                               int rows_before) const {
-    int const r = row() + rows_before;
-#pragma unroll
-    for (int g = 0; g < N / 8; ++g) {
-      uint2 const e = device::load_shared_uint2(smem_ + expiry_base + (g * 16 + quad() * 4) * 2);
-      int const until[4] = {static_cast<int>(e.x & 0xffff), static_cast<int>(e.x >> 16),
-                            static_cast<int>(e.y & 0xffff), static_cast<int>(e.y >> 16)};
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        int const i = 8 * g + (c >> 1) * 4 + (c & 1);
-        if (r >= until[c]) S[i] = -INFINITY;
-        if (r + 8 >= until[c]) S[i + 2] = -INFINITY;
-      }
-    }
-  }
-
-  // Aligned: the gates enter as the initial value of the accumulators.
+  // --- gates -------------------------------------------------------------------------------------
+  // The gates enter as the initial value of the accumulators.
   __device__ __forceinline__ void fetch_gates(float (&X)[32], int block) const {
     std::uint32_t const address =
         smem_ + L::kGate + (slot_uses_ & 1) * L::kGateBytes + block * kTile * 4 + quad() * 16;
@@ -325,35 +215,18 @@ class Consumer {
   // Masks a block of the window slot and gives the first reference exponent.
   template <int N>
   __device__ __forceinline__ void mask_first(float (&S)[N]) {
-    if (flags_ & kDiagonalFirst) {
-      mask_future<0>(S);
-      if (kGeneral && !p_.diagonal_plain) mask_expired(S, L::kWindowExpiry, 0);
-    } else if (kGeneral) {
-      mask_expired(S, L::kWindowExpiry, kTile);
-    }
+    if (flags_ & kDiagonalFirst) mask_future<0>(S, row(), quad());
   }
   __device__ __forceinline__ void set_reference(Scores128& S) {
-    row_max(S, m0_, m1_);
-    if constexpr (kGeneral) {
-      m0_ = fmaxf(m0_, kNoReference), m1_ = fmaxf(m1_, kNoReference);
-    } else {
-      m0_ += kHeadroom, m1_ += kHeadroom;
-    }
+    row_max(S, scale_, m0_, m1_);
+    m0_ += kHeadroom, m1_ += kHeadroom;
   }
   // Weights of the first block; `between` runs after every 16 keys.
   template <typename Between>
   __device__ __forceinline__ void weigh_first(Scores128& S, Between&& between) {
     clear_sums();
-    if (kGeneral && !(flags_ & kDiagonalFirst)) {
 #pragma unroll
-      for (int g = 0; g < 8; ++g) weigh<Columns::kWindow>(S, g, 0), between(g);
-    } else if (kGeneral && !p_.diagonal_plain) {
-#pragma unroll
-      for (int g = 0; g < 8; ++g) weigh<Columns::kDiagonal>(S, g, 0), between(g);
-    } else {
-#pragma unroll
-      for (int g = 0; g < 8; ++g) weigh<Columns::kPlain>(S, g, 0), between(g);
-    }
+    for (int g = 0; g < 8; ++g) weigh(S, g), between(g);
     l0_ = s0_ + r0_, l1_ = s1_ + r1_;
   }
 
@@ -374,7 +247,6 @@ class Consumer {
       if (tid() == 0) device::mbarrier_arrive(barrier(kEmptyQ + wg_));
     }
     after_first_scores();
-    if (kGeneral) wait(kFullWindowV, window_fills_ - 1);
     mask_first(S);
     set_reference(S);
     weigh_first(S, [](int) {});
@@ -392,18 +264,12 @@ class Consumer {
     for (int block = 0; block < blocks_; ++block) {
       Scores128 S;
       int const k_base = L::kSlotK + block * L::kBlockBytes;
-      if constexpr (kGeneral) {
-        wait(kFullSlotK, slot_uses_);
-        begin_products([] {});
-        multiply_keys(S, k_base, std::false_type{});
-      } else {
-        float X[32];
-        wait(kFullGate + (slot_uses_ & 1), slot_uses_ >> 1);
-        fetch_gates(X, block);
-        wait(kFullSlotK, slot_uses_);
-        begin_products([&] { spread_gates(S, X); });
-        multiply_keys(S, k_base, std::true_type{});
-      }
+      float X[32];
+      wait(kFullGate + (slot_uses_ & 1), slot_uses_ >> 1);
+      fetch_gates(X, block);
+      wait(kFullSlotK, slot_uses_);
+      begin_products([&] { spread_gates(S, X); });
+      multiply_keys(S, k_base, std::true_type{});
       if (block == 0)
         wait(kFullWindowV, first_fill);
       else
@@ -416,18 +282,10 @@ class Consumer {
       device::wgmma_wait<1>();
       device::pin(S);
       if (block + 1 == blocks_ && (flags_ & kReleaseSlots)) release(kEmptySlotK);
-      if constexpr (kGeneral) {
-        if (block == 0) wait(kFullGate, slot_uses_);
-        mask_expired(S, L::kSlotExpiry + block * kTile * 2, 0);
-      }
       device::wgmma_wait<0>();
       device::pin(O_), device::pin(P_), device::pin(Q_);
       if (block == 0) release(kEmptyWindowV);
-      if (kGeneral && p_.gated) {
-        weigh_later<Columns::kSlots>(S, block);
-      } else {
-        weigh_later<Columns::kPlain>(S, block);
-      }
+      weigh_later(S);
     }
 
     // The last block: the diagonal tile, or the window tile where the diagonal came first.
@@ -438,15 +296,15 @@ class Consumer {
     int const v_base = blocks_ > 0 ? L::kSlotV + (blocks_ - 1) * L::kBlockBytes : L::kWindowV;
     use_window(true);
     if (flags_ & kDiagonalFirst) {
-      last_block<128, Columns::kWindow>(v_base);
+      last_block<128, false>(v_base);
     } else if (half() == 0) {  // keys 64 ... 127 are in these rows' future
-      last_block<64, Columns::kDiagonal>(v_base);
+      last_block<64, true>(v_base);
     } else {
-      last_block<128, Columns::kDiagonal>(v_base);
+      last_block<128, true>(v_base);
     }
   }
 
-  template <int kKeys, Columns kColumns>
+  template <int kKeys, bool kIsDiagonal>
   __device__ __forceinline__ void last_block(int v_base) {
     float S[kKeys / 2];
     bool const accumulate = blocks_ > 0;
@@ -459,7 +317,7 @@ class Consumer {
     device::wgmma_wait<1>();
     device::pin(S);
     if (flags_ & kReleaseLast) release(kEmptyWindowK);
-    if constexpr (kColumns == Columns::kDiagonal) mask_future<kKeys == 64 ? 0 : 64>(S);
+    if constexpr (kIsDiagonal) mask_future<kKeys == 64 ? 0 : 64>(S, row(), quad());
     device::wgmma_wait<0>();
     device::pin(O_), device::pin(P_), device::pin(Q_);
     if (blocks_ == 0)
@@ -468,16 +326,7 @@ class Consumer {
       release(kEmptySlotV);
     if (blocks_ > 0 && (flags_ & kReleaseSlots)) ++slot_uses_;
     if (flags_ & kMore) load_queries();
-    // Expiries and scores of the window slot come with V, whose place is free only now.
-    bool const plain = kColumns == Columns::kDiagonal && p_.diagonal_plain;
-    if (kGeneral && !plain) {
-      wait(kFullWindowV, window_fills_ - 1);
-      mask_expired(S, L::kWindowExpiry, kColumns == Columns::kWindow ? kTile : 0);
-    }
-    if (kGeneral && !plain && p_.gated)
-      weigh_later<kColumns>(S, 0);
-    else
-      weigh_later<Columns::kPlain>(S, 0);
+    weigh_later(S);
     keys_in_last_ = kKeys;
   }
 
@@ -506,14 +355,10 @@ class Consumer {
     device::wgmma_wait<1>();
     device::pin(S);
     after_first_scores();
-    if (!kGeneral) mask_first(S), set_reference(S);
+    mask_first(S), set_reference(S);
     device::wgmma_wait<0>();
     device::pin(O_), device::pin(P_), device::pin(Q_);
     if (old_release) release(kEmptyWindowV);
-    if (kGeneral) {  // a fresh block's expiries come with V, whose place is free only now
-      wait(kFullWindowV, window_fills_ - 1);
-      mask_first(S), set_reference(S);
-    }
     bool const whole = stores_whole(old);
     weigh_first(S, [&](int g) {
       if (g < kK16 && whole) stage(g);
@@ -649,9 +494,7 @@ class Consumer {
   struct {
     float l0, l1, m0, m1, i0, i1;
   } done_;  // of the tile whose output is being finished
-  float tau_[2];
-  int pool_end_[2];
-  int flags_ = 0, tile_ = 0, blocks_ = 0, keys_in_last_ = 128;
+  int flags_ = 0, blocks_ = 0, keys_in_last_ = 128;
   bool queries_pending_ = false;
   std::uint32_t tiles_ = 0, window_fills_ = 0, slot_uses_ = 0;
 };

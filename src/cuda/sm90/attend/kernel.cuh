@@ -1,18 +1,27 @@
 // SparseK attention, forward, Hopper: the kernel and its launch.
 #pragma once
+#include <type_traits>
+
 #include "cuda/device/hopper.cuh"
 #include "cuda/runtime.hpp"
 #include "cuda/sm90/attend/config.hpp"
 #include "cuda/sm90/attend/consumer.cuh"
+#include "cuda/sm90/attend/consumer_ahead.cuh"
 #include "cuda/sm90/attend/producer.cuh"
+#include "cuda/sm90/attend/producer_ahead.cuh"
 #include "cuda/sm90/attend/schedule.cuh"
 
 namespace sparsek::cuda::sm90 {
 
-template <typename T, int kDim, Mode kMode, bool kValueGate>
+template <typename T, int kDim, Mode kMode, bool kValueGate, Pipeline kPipeline>
 __global__ void __launch_bounds__(kThreads, 1)
     resident_attention(__grid_constant__ Params const p) {
   using L = Layout<kDim, kMode>;
+  constexpr bool kIsAhead = kPipeline == Pipeline::kAhead;
+  static_assert(kIsAhead || kMode == Mode::kAligned);
+  using Producing = std::conditional_t<kIsAhead, AheadProducer<kDim, kMode>, Producer<kDim, kMode>>;
+  using Consuming =
+      std::conditional_t<kIsAhead, AheadConsumer<T, kDim, kMode, kValueGate>, Consumer<T, kDim>>;
   extern __shared__ __align__(1024) char shared[];
   std::uint32_t const smem = device::shared_address(shared);
   int const warpgroup = __shfl_sync(~0u, threadIdx.x >> 7, 0);
@@ -35,18 +44,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (warpgroup == 0) {
     device::decrease_registers<L::kProducerRegisters>();
-    Producer<kDim, kMode>(p, smem, shared).run(cursor);
+    Producing(p, smem, shared).run(cursor);
   } else {
     device::increase_registers<L::kConsumerRegisters>();
-    Consumer<T, kDim, kMode, kValueGate>(p, smem, shared, warpgroup - 1).run();
+    Consuming(p, smem, shared, warpgroup - 1).run();
   }
 }
 
 // Enqueues one instantiation on the current device.
-template <typename T, int kDim, Mode kMode, bool kValueGate>
+template <typename T, int kDim, Mode kMode, bool kValueGate, Pipeline kPipeline>
 void launch(Params const& p, int num_sms, cudaStream_t stream) {
   constexpr int kBytes = Layout<kDim, kMode>::kBytes;
-  auto* const kernel = &resident_attention<T, kDim, kMode, kValueGate>;
+  auto* const kernel = &resident_attention<T, kDim, kMode, kValueGate, kPipeline>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
         "resident_attention: shared memory");
   kernel<<<num_sms, kThreads, kBytes, stream>>>(p);

@@ -9,18 +9,23 @@
 
 namespace sparsek::cuda::sm90 {
 
-template <typename T, int kDim, Mode kMode, bool kValueGate>
+template <typename T, int kDim, Mode kMode, bool kValueGate, Pipeline kPipeline>
 void launch(Params const& p, int num_sms, cudaStream_t stream);
 
-#define SPARSEK_DECLARE(T)                                                                      \
-  extern template void launch<T, 64, Mode::kAligned, false>(Params const&, int, cudaStream_t);  \
-  extern template void launch<T, 64, Mode::kGeneral, false>(Params const&, int, cudaStream_t);  \
-  extern template void launch<T, 64, Mode::kGeneral, true>(Params const&, int, cudaStream_t);   \
-  extern template void launch<T, 128, Mode::kAligned, false>(Params const&, int, cudaStream_t); \
-  extern template void launch<T, 128, Mode::kGeneral, false>(Params const&, int, cudaStream_t); \
-  extern template void launch<T, 128, Mode::kGeneral, true>(Params const&, int, cudaStream_t);
+#define SPARSEK_DECLARE_ONE(T, kDim, kMode, kValueGate, kPipeline)                    \
+  extern template void launch<T, kDim, Mode::kMode, kValueGate, Pipeline::kPipeline>( \
+      Params const&, int, cudaStream_t);
+#define SPARSEK_DECLARE(T)                             \
+  SPARSEK_DECLARE_ONE(T, 64, kAligned, false, kPlain)  \
+  SPARSEK_DECLARE_ONE(T, 64, kGeneral, false, kAhead)  \
+  SPARSEK_DECLARE_ONE(T, 64, kGeneral, true, kAhead)   \
+  SPARSEK_DECLARE_ONE(T, 128, kAligned, false, kPlain) \
+  SPARSEK_DECLARE_ONE(T, 128, kAligned, false, kAhead) \
+  SPARSEK_DECLARE_ONE(T, 128, kGeneral, false, kAhead) \
+  SPARSEK_DECLARE_ONE(T, 128, kGeneral, true, kAhead)
 SPARSEK_DECLARE(__half)
 SPARSEK_DECLARE(__nv_bfloat16)
 #undef SPARSEK_DECLARE
+#undef SPARSEK_DECLARE_ONE
 
 }  // namespace sparsek::cuda::sm90

@@ -1,0 +1,680 @@
+// A consumer warpgroup of the kernel that works ahead (Pipeline::kAhead, both modes): 64 query rows
+// of a tile, one 128-key block after another.
+//
+// Every step issues the scores of one block together with the output product of the block before,
+// across tiles and heads: first block, slots, last block, next tile's first block ... So the matrix
+// units have work while the weights of a block are computed, and the two warpgroups take turns in
+// issuing (named barriers 1 and 2). What can be done in the shadow of the products is done there:
+// barriers are asked ahead, the next queries and plan are loaded, gates are added, maxima found.
+#pragma once
+#include <type_traits>
+#include <utility>
+
+#include "cuda/device/hopper.cuh"
+#include "cuda/device/mma_sync.cuh"
+#include "cuda/device/wgmma.cuh"
+#include "cuda/sm90/attend/barriers.cuh"
+#include "cuda/sm90/attend/config.hpp"
+#include "cuda/sm90/attend/scores.cuh"
+
+namespace sparsek::cuda::sm90 {
+
+template <typename T, int kDim, Mode kMode, bool kValueGate>
+class AheadConsumer {
+  using L = Layout<kDim, kMode>;
+  static constexpr int kK16 = kDim / 16;     // 16-column steps of the score product
+  static constexpr int kOutRegs = kDim / 2;  // accumulators of the output
+  static constexpr bool kGeneral = kMode == Mode::kGeneral;
+  template <int N>
+  using Int = std::integral_constant<int, N>;
+  using Scores128 = float[64];
+
+  // Aligned: a tile's first block sets the reference exponent kHeadroom above its row maximum.
+  // Later blocks are weighed without looking for a maximum: fp16 has room for weights 2^(kHeadroom
+  // + 14) times the first block's largest, and the sums show whether that sufficed. If not, the
+  // scores are still there: find the maximum, rescale, weigh again. Each warp decides for itself.
+  // General: the gates need the registers in which the scores would wait for that, so every block's
+  // maximum is found first.
+  static constexpr float kHeadroom = 8.f, kSumLimit = 16384.f;
+  // Stands for the maximum of a row that has seen no key yet.
+  static constexpr float kNoReference = -1e30f;
+
+ public:
+  __device__ __forceinline__ AheadConsumer(Params const& p, std::uint32_t smem, char* generic,
+                                           int wg)
+      : p_(p), smem_(smem), generic_(generic), wg_(wg), scale_(p.scale_log2) {}
+
+  __device__ __forceinline__ void run() {
+    if (wg_ == 1) device::named_barrier_arrive(1, 256);
+    wait(kFullQ + wg_, 0);
+    load_queries();
+    load_plan();
+    next_plan();
+    first_tile();
+    for (;;) {
+      if (flags_ & kSingle) {
+        if (!(flags_ & kMore)) break;
+        wait(kFullQ + wg_, tiles_);
+        load_queries();
+        load_plan();
+      } else {
+        later_blocks();  // loads the next tile's queries and plan, if there is one
+        if (!(flags_ & kMore)) break;
+      }
+      next_tile();
+    }
+    last_output();
+  }
+
+ private:
+  // --- small things ------------------------------------------------------------------------------
+  __device__ __forceinline__ int tid() const { return threadIdx.x & 127; }
+  __device__ __forceinline__ int lane() const { return threadIdx.x & 31; }
+  __device__ __forceinline__ int warp() const { return (threadIdx.x & 127) >> 5; }
+  __device__ __forceinline__ int quad() const { return threadIdx.x & 3; }
+  __device__ __forceinline__ std::uint32_t barrier(int i) const {
+    return smem_ + L::kBarriers + i * 8;
+  }
+  __device__ __forceinline__ void wait(int i, std::uint32_t parity) const {
+    device::mbarrier_wait(barrier(i), parity & 1);
+  }
+  // Asks ahead; `wait_unless` waits unless the answer was yes.
+  __device__ __forceinline__ std::uint32_t test(int i, std::uint32_t parity) const {
+    return mbarrier_test(barrier(i), parity & 1);
+  }
+  __device__ __forceinline__ void wait_unless(std::uint32_t over, int i,
+                                              std::uint32_t parity) const {
+    mbarrier_wait_unless(over, barrier(i), parity & 1);
+  }
+  __device__ __forceinline__ void release(int i) const {
+    if (lane() == 0) device::mbarrier_arrive(barrier(i));
+  }
+  __device__ __forceinline__ TilePlan const& plan(int tile_count) const {
+    return reinterpret_cast<TilePlan const*>(generic_ + L::kPlans)[tile_count & 1];
+  }
+  // Which 64 rows of the tile: rows 64 * half() + ...
+  __device__ __forceinline__ int half() const { return wg_ ^ (flags_ & kSwapHalves ? 1 : 0); }
+  // This thread's rows of the tile are row() and row() + 8.
+  __device__ __forceinline__ int row() const { return 64 * half() + warp() * 16 + (lane() >> 2); }
+  // Address of this lane's row in this warpgroup's part of Q; 16-column step kk.
+  __device__ __forceinline__ std::uint32_t query_address(int kk) const {
+    int const r = warp() * 16 + (lane() & 15);
+    std::uint32_t const chunk = (lane() >> 4) ^ (lane() & 7);
+    return smem_ + L::kQ + wg_ * L::kQBytes + r * 128 + ((chunk ^ (2 * kk & 7)) << 4) +
+           (kk >> 2) * (64 * 128);
+  }
+
+  // --- queries -----------------------------------------------------------------------------------
+  // The next tile's queries, once they and its plan are there. Registers hold them, so that their
+  // buffer can stage the output.
+  __device__ __forceinline__ void load_queries() {
+    std::uint32_t r[4];
+#pragma unroll
+    for (int kk = 0; kk < kK16; ++kk) {
+      device::ldmatrix_x4(r, query_address(kk));
+      Q_[4 * kk] = r[0], Q_[4 * kk + 1] = r[1], Q_[4 * kk + 2] = r[2], Q_[4 * kk + 3] = r[3];
+    }
+  }
+  __device__ __forceinline__ void load_plan() {
+    // NOTE: broadcast, so that the compiler knows that the branches on them are uniform; else it
+    // serialises the products.
+    next_flags_ = __shfl_sync(~0u, plan(tiles_).flags, 0);
+    ++tiles_;
+  }
+  // The next tile becomes the current one.
+  __device__ __forceinline__ void next_plan() {
+    flags_ = next_flags_;
+    if constexpr (kGeneral) {
+      TilePlan const& now = plan(tiles_ - 1);
+      // Thresholds of this thread's two rows, and where their pools end relative to the window
+      // tile.
+      int const tile = __shfl_sync(~0u, now.tile, 0);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        int const position = tile * kTile + row() + 8 * r;
+        int const chunk = position / p_.chunk_size;
+        int const valid_chunk =
+            min(chunk, (tile * kTile + max(now.row_end, 1) - 1) / p_.chunk_size);
+        tau_[r] = p_.gated ? p_.threshold[now.chunk_offset + valid_chunk] : 0.f;
+        pool_end_[r] = p_.gated ? chunk * p_.chunk_size - p_.window - (tile - 1) * kTile : -kTile;
+      }
+    }
+  }
+  __device__ __forceinline__ int blocks() const { return flags_ >> kBlocksShift; }
+
+  // --- products ----------------------------------------------------------------------------------
+  // Descriptors of 16 columns of K and 16 rows of V in the block at `base`. Only the low words
+  // vary, and no carry leaves the address.
+  __device__ __forceinline__ static std::uint64_t descriptor(std::uint32_t low, int stride) {
+    std::uint64_t d;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(low), "r"(1 << 30 | stride >> 4));
+    return d;
+  }
+  __device__ __forceinline__ std::uint64_t key_descriptor(int base, int kk) const {
+    int const offset = base + (kk & 3) * 32 + (kk >> 2) * L::kHalfBytes;
+    return descriptor((smem_ >> 4) + (offset >> 4) + (16 >> 4 << 16), 1024);
+  }
+  __device__ __forceinline__ std::uint64_t value_descriptor(int base, int kk) const {
+    return descriptor((smem_ >> 4) + (base >> 4) + kk * 128 + (L::kHalfBytes >> 4 << 16), 1024);
+  }
+  // S = Q K^T for 128 or 64 keys.
+  template <int N>
+  __device__ __forceinline__ void multiply_keys(float (&S)[N], int base) {
+    using Mma = device::Wgmma<T, N, device::BLayout::kKMajor>;
+#pragma unroll
+    for (int kk = 0; kk < kK16; ++kk) {
+      std::uint32_t const* const q = Q_ + 4 * kk;
+      if (kk == 0)
+        Mma::first(S, q[0], q[1], q[2], q[3], key_descriptor(base, kk));
+      else
+        Mma::next(S, q[0], q[1], q[2], q[3], key_descriptor(base, kk), 1);
+    }
+    device::wgmma_commit();
+  }
+  // O (+)= P V for the first kKeys keys.
+  template <int kKeys>
+  __device__ __forceinline__ void multiply_values(int base, bool accumulate, Int<kKeys>) {
+    using Mma = device::Wgmma<T, kOutRegs, device::BLayout::kNMajor>;
+#pragma unroll
+    for (int kk = 0; kk < kKeys / 16; ++kk) {
+      std::uint32_t const* const w = P_ + 4 * kk;
+      Mma::next(O_, w[0], w[1], w[2], w[3], value_descriptor(base, kk), kk > 0 || accumulate);
+    }
+    device::wgmma_commit();
+  }
+  __device__ __forceinline__ void begin_products() {
+    device::named_barrier_sync(1 + wg_, 256);
+    device::pin(O_), device::pin(P_), device::pin(Q_);
+    device::wgmma_fence();
+  }
+  __device__ __forceinline__ void end_products() { device::named_barrier_arrive(2 - wg_, 256); }
+
+  // --- softmax -----------------------------------------------------------------------------------
+  // Which gates weigh a block's columns in general mode.
+  enum class Columns { kPlain, kSlots, kWindow, kDiagonal };
+
+  // Gates of 4 columns (16 g + 2 q, + 1, + 8, + 9) for this thread's two rows.
+  template <Columns kColumns>
+  __device__ __forceinline__ void gates_of(int g, int block, float (&m)[2][4]) const {
+    int const place = g * 16 + quad() * 4;
+    int const base =
+        kColumns == Columns::kSlots ? L::kSlotScore + block * kTile * 4 : L::kWindowScore;
+    float4 const u = device::load_shared_float4(smem_ + base + place * 4);
+    float const score[4] = {u.x, u.y, u.z, u.w};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        m[r][c] = __saturatef(score[c] - tau_[r]);
+        if (kColumns != Columns::kSlots) {
+          int const column = 16 * g + 2 * quad() + (c & 1) + (c >> 1) * 8 +
+                             (kColumns == Columns::kDiagonal ? kTile : 0);
+          if (column >= pool_end_[r]) m[r][c] = 1.f;
+        }
+      }
+    }
+  }
+
+  // Weights of keys 16 g ... 16 g + 15.
+  template <Columns kColumns, int N>
+  __device__ __forceinline__ void weigh(float (&S)[N], int g, int block) {
+    float m[2][4];
+    constexpr bool kGated = kGeneral && kColumns != Columns::kPlain;
+    if (kGated) gates_of<kColumns>(g, block, m);
+#pragma unroll
+    for (int i = 8 * g; i < 8 * g + 8; i += 4) {
+      int const c = (i & 4) >> 1;
+      float const a = device::exp2_approx(fmaf(S[i], scale_, -m0_));
+      float const b = device::exp2_approx(fmaf(S[i + 1], scale_, -m0_));
+      float const d = device::exp2_approx(fmaf(S[i + 2], scale_, -m1_));
+      float const e = device::exp2_approx(fmaf(S[i + 3], scale_, -m1_));
+      if (!kGated) {
+        s0_ += a, r0_ += b, s1_ += d, r1_ += e;
+        P_[i / 2] = device::pack2<T>(a, b), P_[i / 2 + 1] = device::pack2<T>(d, e);
+      } else {
+        float const ma = a * m[0][c], mb = b * m[0][c + 1], md = d * m[1][c], me = e * m[1][c + 1];
+        // Value gate: the gate weighs the value, not the normaliser.
+        s0_ += kValueGate ? a : ma, r0_ += kValueGate ? b : mb;
+        s1_ += kValueGate ? d : md, r1_ += kValueGate ? e : me;
+        P_[i / 2] = device::pack2<T>(ma, mb), P_[i / 2 + 1] = device::pack2<T>(md, me);
+      }
+    }
+  }
+  __device__ __forceinline__ void clear_sums() { s0_ = s1_ = r0_ = r1_ = 0.f; }
+  template <Columns kColumns, int N>
+  __device__ __forceinline__ void weigh_block(float (&S)[N], int block) {
+    clear_sums();
+#pragma unroll
+    for (int g = 0; g < N / 8; ++g) weigh<kColumns>(S, g, block);
+  }
+  // Raises the reference exponents to n0, n1: earlier weights and sums shrink.
+  __device__ __forceinline__ void raise_reference(float n0, float n1) {
+    float const c0 = device::exp2_approx(m0_ - n0), c1 = device::exp2_approx(m1_ - n1);
+    m0_ = n0, m1_ = n1, l0_ *= c0, l1_ *= c1;
+#pragma unroll
+    for (int j = 0; j < kOutRegs / 4; ++j) {
+      O_[4 * j] *= c0, O_[4 * j + 1] *= c0, O_[4 * j + 2] *= c1, O_[4 * j + 3] *= c1;
+    }
+  }
+  template <Columns kColumns, int N>
+  __device__ __forceinline__ void weigh_later(float (&S)[N], int block) {
+    if constexpr (kGeneral) {
+      float x0, x1;
+      row_max(S, scale_, x0, x1);
+      if (__any_sync(~0u, x0 > m0_ || x1 > m1_)) raise_reference(fmaxf(m0_, x0), fmaxf(m1_, x1));
+      weigh_block<kColumns>(S, block);
+    } else {
+      weigh_block<kColumns>(S, block);
+      if (__any_sync(~0u, !(s0_ + r0_ < kSumLimit && s1_ + r1_ < kSumLimit))) {
+        float x0, x1;
+        row_max(S, scale_, x0, x1);
+        raise_reference(fmaxf(m0_, x0 + kHeadroom), fmaxf(m1_, x1 + kHeadroom));
+        weigh_block<kColumns>(S, block);
+      }
+    }
+    l0_ += s0_ + r0_, l1_ += s1_ + r1_;
+  }
+
+  // --- masks -------------------------------------------------------------------------------------
+  // General mode: a key is seen by rows before its expiry; `rows_before`: rows from the tile that
+  // the expiries count from to this one.
+  template <int N>
+  __device__ __forceinline__ void mask_expired(float (&S)[N], int expiry_base,
+                                               int rows_before) const {
+    int const r = row() + rows_before;
+#pragma unroll
+    for (int g = 0; g < N / 8; ++g) {
+      uint2 const e = device::load_shared_uint2(smem_ + expiry_base + (g * 16 + quad() * 4) * 2);
+      int const until[4] = {static_cast<int>(e.x & 0xffff), static_cast<int>(e.x >> 16),
+                            static_cast<int>(e.y & 0xffff), static_cast<int>(e.y >> 16)};
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        int const i = 8 * g + (c >> 1) * 4 + (c & 1);
+        if (r >= until[c]) S[i] = -INFINITY;
+        if (r + 8 >= until[c]) S[i + 2] = -INFINITY;
+      }
+    }
+  }
+
+  // --- steps -------------------------------------------------------------------------------------
+  // Masks a block of the window slot and gives the first reference exponent.
+  template <int N>
+  __device__ __forceinline__ void mask_first(float (&S)[N]) {
+    if (flags_ & kDiagonalFirst) {
+      mask_future<0>(S, row(), quad());
+      if (kGeneral && !p_.diagonal_plain) mask_expired(S, L::kWindowExpiry, 0);
+    } else if (kGeneral) {
+      mask_expired(S, L::kWindowExpiry, kTile);
+    }
+  }
+  __device__ __forceinline__ void set_reference(Scores128& S) {
+    row_max(S, scale_, m0_, m1_);
+    if constexpr (kGeneral) {
+      m0_ = fmaxf(m0_, kNoReference), m1_ = fmaxf(m1_, kNoReference);
+    } else {
+      m0_ += kHeadroom, m1_ += kHeadroom;
+    }
+  }
+  // Weights of the first block; `between` runs after every 16 keys.
+  template <typename Between>
+  __device__ __forceinline__ void weigh_first(Scores128& S, Between&& between) {
+    clear_sums();
+    if (kGeneral && !(flags_ & kDiagonalFirst)) {
+#pragma unroll
+      for (int g = 0; g < 8; ++g) weigh<Columns::kWindow>(S, g, 0), between(g);
+    } else if (kGeneral && !p_.diagonal_plain) {
+#pragma unroll
+      for (int g = 0; g < 8; ++g) weigh<Columns::kDiagonal>(S, g, 0), between(g);
+    } else {
+#pragma unroll
+      for (int g = 0; g < 8; ++g) weigh<Columns::kPlain>(S, g, 0), between(g);
+    }
+    l0_ = s0_ + r0_, l1_ = s1_ + r1_;
+  }
+
+  // The very first block, not overlapped with anything.
+  __device__ __forceinline__ void first_tile() {
+    wait(kFullWindowK, window_fills_++);
+    Scores128 S;
+    device::pin(Q_);
+    device::wgmma_fence();
+    multiply_keys(S, L::kWindowK);
+    device::wgmma_wait<0>();
+    device::pin(S), device::pin(Q_);
+    // NOTE: the queries' buffer is given back only now: the product has taken the registers, so
+    // every load from it has arrived. A barrier alone does not order ldmatrix before a bulk copy
+    // into the same place.
+    if (flags_ & kMore) {
+      device::named_barrier_sync(3 + wg_, 128);
+      if (tid() == 0) device::mbarrier_arrive(barrier(kEmptyQ + wg_));
+    }
+    after_first_scores();
+    if (kGeneral) wait(kFullWindowV, window_fills_ - 1);
+    mask_first(S);
+    set_reference(S);
+    weigh_first(S, [](int) {});
+    keys_in_last_ = 128;
+    slots_over_ = 0;
+  }
+  // K of the window slot is free again once the first block's scores are there, unless the next
+  // tile uses it too.
+  __device__ __forceinline__ void after_first_scores() {
+    if (!(flags_ & kSingle) || (flags_ & kReleaseLast)) release(kEmptyWindowK);
+  }
+
+  // Slots and last block of a tile.
+  __device__ __forceinline__ void later_blocks() {
+    if constexpr (kGeneral) {
+      for (int block = 0; block < blocks(); ++block) slot_block(block);
+    } else {
+      each_block(std::make_integer_sequence<int, L::kMaxBlocks>{});
+    }
+    // The last block: the diagonal tile, or the window tile where the diagonal came first.
+    if (flags_ & kDiagonalFirst) {
+      last_block<128, Columns::kWindow>();
+    } else if (half() == 0) {  // keys 64 ... 127 are in these rows' future
+      last_block<64, Columns::kDiagonal>();
+    } else {
+      last_block<128, Columns::kDiagonal>();
+    }
+  }
+  template <int... kBlocks>
+  __device__ __forceinline__ void each_block(std::integer_sequence<int, kBlocks...>) {
+    ((kBlocks < blocks() ? slot_block(Int<kBlocks>{}) : void()), ...);
+  }
+
+  template <typename Block>
+  __device__ __forceinline__ void slot_block(Block block) {
+    Scores128 S;
+    if (block == 0) wait_unless(slots_over_, kFullSlotK, slot_uses_);
+    begin_products();
+    multiply_keys(S, L::kSlotK + block * L::kBlockBytes);
+    if (block == 0) {
+      if (flags_ & kFirstIsFresh) wait(kFullWindowV, window_fills_ - 1);
+    } else if (block == 1) {
+      wait_unless(slots_over_, kFullSlotV, slot_uses_);
+    }
+    device::wgmma_fence();
+    multiply_values(block == 0 ? L::kWindowV : L::kSlotV + (block - 1) * L::kBlockBytes, block > 0,
+                    Int<128>{});
+    end_products();
+    if (block == 0) give_back_queries();
+    if (block == 0) slots_over_ = test(kFullSlotV, slot_uses_);
+    device::wgmma_wait<1>();
+    device::pin(S);
+    if (block + 1 == blocks() && (flags_ & kReleaseSlots)) release(kEmptySlotK);
+    if constexpr (kGeneral) {
+      if (block == 0) wait(kFullGate, slot_uses_);
+      mask_expired(S, L::kSlotExpiry + block * kTile * 2, 0);
+    } else {
+      // They came with K.
+      std::uint32_t const gates = smem_ + L::kGate + (slot_uses_ & 1) * L::kGateBytes;
+      add_gates(S, gates + block * kTile * 4, quad());
+    }
+    device::pin(S);
+    if (block + 1 == blocks()) window_over_ = test(kFullWindowK, window_fills_);
+    device::wgmma_wait<0>();
+    device::pin(O_), device::pin(P_), device::pin(Q_);
+    if (block == 0) release(kEmptyWindowV);
+    if (kGeneral && p_.gated) {
+      weigh_later<Columns::kSlots>(S, block);
+    } else {
+      weigh_later<Columns::kPlain>(S, block);
+    }
+  }
+
+  template <int kKeys, Columns kColumns>
+  __device__ __forceinline__ void last_block() {
+    float S[kKeys / 2];
+    bool const any = blocks() > 0;
+    if (blocks() == 1) {
+      wait_unless(slots_over_, kFullSlotV, slot_uses_);
+    } else if (!any) {
+      window_over_ = 0;
+      if (flags_ & kFirstIsFresh) wait(kFullWindowV, window_fills_ - 1);
+    }
+    wait_unless(window_over_, kFullWindowK, window_fills_++);
+    int const v_base = any ? L::kSlotV + (blocks() - 1) * L::kBlockBytes : L::kWindowV;
+    begin_products();
+    multiply_keys(S, L::kWindowK);
+    device::wgmma_fence();
+    multiply_values(v_base, any, Int<128>{});
+    end_products();
+    give_back_queries();
+    std::uint32_t const queries_over = test(kFullQ + wg_, tiles_);
+    device::wgmma_wait<1>();
+    device::pin(S), device::pin(Q_);
+    if (flags_ & kReleaseLast) release(kEmptyWindowK);
+    if constexpr (kColumns == Columns::kDiagonal) {
+      mask_future<kKeys == 64 ? 0 : 64>(S, row(), quad());
+    }
+    device::pin(S);
+    auto const load_next = [&] {
+      wait_unless(queries_over, kFullQ + wg_, tiles_);
+      load_queries();
+      load_plan();
+    };
+    // The score product is over, so its queries may be replaced. Without slots the next ones come
+    // only after V of the window slot, whose place is not yet free.
+    bool const more = flags_ & kMore;
+    if (any && more) load_next();
+    window_over_ = test(kFullWindowV, window_fills_ - 1);
+    device::wgmma_wait<0>();
+    device::pin(O_), device::pin(P_), device::pin(Q_);
+    if (!any) {
+      release(kEmptyWindowV);
+    } else if (flags_ & kReleaseSlots) {
+      release(kEmptySlotV);
+      ++slot_uses_;
+    }
+    if (!any && more) load_next();
+    // Expiries and scores of the window slot come with V, whose place is free only now.
+    bool const plain = kColumns == Columns::kDiagonal && p_.diagonal_plain;
+    if (kGeneral && !plain) {
+      wait(kFullWindowV, window_fills_ - 1);
+      mask_expired(S, L::kWindowExpiry, kColumns == Columns::kWindow ? kTile : 0);
+    }
+    if (kGeneral && !plain && p_.gated)
+      weigh_later<kColumns>(S, 0);
+    else
+      weigh_later<Columns::kPlain>(S, 0);
+    keys_in_last_ = kKeys;
+  }
+
+  // First block of the next tile together with the output of the last block of this one, which
+  // finishes it.
+  __device__ __forceinline__ void next_tile() {
+    bool const old_single = flags_ & kSingle, old_release = flags_ & kReleaseLast;
+    next_plan();
+    bool const fresh = flags_ & kFirstIsFresh;
+    if (old_single) window_over_ = 0;
+    if (fresh) wait(kFullWindowK, window_fills_);
+    Scores128 S;
+    auto const products = [&](auto keys) {
+      begin_products();
+      multiply_keys(S, L::kWindowK);
+      wait_unless(window_over_, kFullWindowV, window_fills_ - 1);
+      device::wgmma_fence();
+      multiply_values(L::kWindowV, !old_single, keys);
+    };
+    if (keys_in_last_ == 128)
+      products(Int<128>{});
+    else
+      products(Int<64>{});
+    end_products();
+    if (fresh) ++window_fills_;
+    finish();
+    device::wgmma_wait<1>();
+    device::pin(S);
+    after_first_scores();
+    if constexpr (!kGeneral) {
+      mask_first(S), set_reference(S);
+      // In the shadow of the output product, where the compiler would not leave it by itself.
+      asm volatile("" : "+f"(m0_), "+f"(m1_));
+    }
+    slots_over_ = test(kFullSlotK, slot_uses_);
+    device::wgmma_wait<0>();
+    device::pin(O_), device::pin(P_), device::pin(Q_);
+    if (old_release) release(kEmptyWindowV);
+    if constexpr (kGeneral) {  // a fresh block's expiries come with V, whose place is free only now
+      if (fresh) wait(kFullWindowV, window_fills_ - 1);
+      mask_first(S), set_reference(S);
+    }
+    TilePlan const& old = old_plan();
+    weigh_first(S, [&](int g) {
+      if (g < kK16 && whole_) stage(g);
+    });
+    if (!whole_) store_rows(old);
+    store_output(old);
+    if (flags_ & kSingle) give_back_queries();
+    keys_in_last_ = 128;
+  }
+
+  // --- output ------------------------------------------------------------------------------------
+  // The finished tile: its output is written later, in the shadow of a product where there is one.
+  __device__ __forceinline__ TilePlan const& old_plan() const { return plan(tiles_ - 2); }
+  // Takes over the sums of the finished tile.
+  __device__ __forceinline__ void finish() { finish(old_plan()); }
+  __device__ __forceinline__ void finish(TilePlan const& old) {
+    l0_ += __shfl_xor_sync(~0u, l0_, 1), l1_ += __shfl_xor_sync(~0u, l1_, 1);
+    l0_ += __shfl_xor_sync(~0u, l0_, 2), l1_ += __shfl_xor_sync(~0u, l1_, 2);
+    inverse_[0] = l0_ > 0.f ? reciprocal(l0_) : 0.f;
+    inverse_[1] = l1_ > 0.f ? reciprocal(l1_) : 0.f;
+    whole_ = __shfl_sync(~0u, static_cast<int>(stores_whole(old)), 0);
+    if (p_.lse && quad() == 0) {
+      int const r = old_row(old, wg_, warp(), lane());
+      store_lse(old, r, l0_, m0_);
+      store_lse(old, r + 8, l1_, m1_);
+    }
+  }
+  __device__ __forceinline__ static float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
+  __device__ __forceinline__ static int old_half(TilePlan const& old, int wg) {
+    return wg ^ (old.flags & kSwapHalves ? 1 : 0);
+  }
+  __device__ __forceinline__ static int old_row(TilePlan const& old, int wg, int warp, int lane) {
+    return 64 * old_half(old, wg) + warp * 16 + (lane >> 2);
+  }
+  // Whether this warpgroup's 64 rows all exist, so that the copy engine can store them.
+  __device__ __forceinline__ bool stores_whole(TilePlan const& old) const {
+    return old.flags & (old_half(old, wg_) ? kUpperWhole : kLowerWhole);
+  }
+  // To this warpgroup's part of Q, or to memory where rows are missing.
+  __device__ __forceinline__ void stage_output(TilePlan const& old) {
+    if (whole_) {
+#pragma unroll
+      for (int kk = 0; kk < kK16; ++kk) stage(kk);
+    } else {
+      store_rows(old);
+    }
+  }
+  __device__ __forceinline__ void store_rows(TilePlan const& old) {
+    int const r = old_row(old, wg_, warp(), lane());
+    store_row(old, r, 0, inverse_[0]);
+    store_row(old, r + 8, 2, inverse_[1]);
+  }
+  // 16 of the columns.
+  __device__ __forceinline__ void stage(int kk) {
+    float const a = inverse_[0], b = inverse_[1];
+    device::stmatrix_x4(query_address(kk), device::pack2<T>(O_[8 * kk] * a, O_[8 * kk + 1] * a),
+                        device::pack2<T>(O_[8 * kk + 2] * b, O_[8 * kk + 3] * b),
+                        device::pack2<T>(O_[8 * kk + 4] * a, O_[8 * kk + 5] * a),
+                        device::pack2<T>(O_[8 * kk + 6] * b, O_[8 * kk + 7] * b));
+  }
+  __device__ __forceinline__ void store_output(TilePlan const& old) {
+    device::fence_async_proxy();
+    collect();
+    if (whole_ && tid() == 0) {
+      int const position = old.q_position + 64 * old_half(old, wg_);
+      for (int half = 0; half < kDim / 64; ++half) {
+        device::tma_store(&p_.out, smem_ + L::kQ + wg_ * L::kQBytes + half * (64 * 128), half * 64,
+                          position, old.q_head, old.batch);
+      }
+      device::tma_store_commit();
+    }
+    queries_pending_ = flags_ & kMore;
+  }
+  // This warpgroup's first warp waits for the others: the output is staged, the plan read.
+  __device__ __forceinline__ void collect() {
+    if (warp() == 0)
+      device::named_barrier_sync(3 + wg_, 128);
+    else
+      device::named_barrier_arrive(3 + wg_, 128);
+  }
+  __device__ __forceinline__ void store_lse(TilePlan const& old, int r, float l, float m) {
+    if (r < old.row_begin || r >= old.row_end) return;
+    p_.lse[old.lse_offset + r * p_.stride_lse_position] =
+        l > 0.f ? (m + __log2f(l)) * 0.69314718f : -INFINITY;
+  }
+  // Row r of a partly existing tile, from registers; `first`: 0 for row(), 2 for row() + 8.
+  __device__ __forceinline__ void store_row(TilePlan const& old, int r, int first, float inverse) {
+    if (r < old.row_begin || r >= old.row_end) return;
+    char* const row = p_.out_rows + old.batch * p_.stride_out_batch +
+                      old.q_head * p_.stride_out_head +
+                      static_cast<std::int64_t>(old.q_position + r) * p_.stride_out_position;
+#pragma unroll
+    for (int j = 0; j < kOutRegs / 4; ++j) {
+      int const column = 8 * j + 2 * quad();
+      if (column < p_.head_dim) {
+        *reinterpret_cast<std::uint32_t*>(row + column * 2) =
+            device::pack2<T>(O_[4 * j + first] * inverse, O_[4 * j + first + 1] * inverse);
+      }
+    }
+  }
+  // The queries' buffer, once the output of the tile before has been read from it.
+  __device__ __forceinline__ void give_back_queries() {
+    if (!queries_pending_) return;
+    queries_pending_ = false;
+    if (tid() == 0) {
+      device::tma_store_wait_read();
+      device::mbarrier_arrive(barrier(kEmptyQ + wg_));
+    }
+  }
+  // Output of the last block of this block's last tile.
+  __device__ __forceinline__ void last_output() {
+    TilePlan const& old = plan(tiles_ - 1);
+    wait(kFullWindowV, window_fills_ - 1);
+    bool const accumulate = !(flags_ & kSingle);
+    if (keys_in_last_ == 64) {  // one product for both cases
+#pragma unroll
+      for (int i = 16; i < 32; ++i) P_[i] = 0;
+    }
+    device::pin(O_), device::pin(P_);
+    device::wgmma_fence();
+    multiply_values(L::kWindowV, accumulate, Int<128>{});
+    if (tid() == 0) device::tma_store_wait_read();
+    device::named_barrier_sync(3 + wg_, 128);
+    device::wgmma_wait<0>();
+    device::pin(O_), device::pin(P_);
+    finish(old);
+    stage_output(old);
+    store_output(old);
+    if (tid() == 0) device::tma_store_wait();
+  }
+
+  Params const& p_;
+  std::uint32_t const smem_;
+  char* const generic_;
+  int const wg_;
+  float const scale_;
+
+  float O_[kOutRegs];          // output
+  std::uint32_t P_[32];        // weights, the next product's A operand
+  std::uint32_t Q_[kDim / 4];  // this tile's queries
+  float m0_ = 0.f, m1_ = 0.f, l0_ = 0.f,
+        l1_ = 0.f;           // reference exponent and this thread's part of the sum, two rows
+  float s0_, s1_, r0_, r1_;  // sums of one block
+  float inverse_[2];         // of the sums of the tile whose output is being written
+  float tau_[2];
+  int pool_end_[2];
+  int flags_ = 0, next_flags_ = 0, keys_in_last_ = 128;
+  bool queries_pending_ = false, whole_ = false;
+  // Answers of barriers that were asked ahead.
+  std::uint32_t slots_over_ = 0, window_over_ = 0;
+  std::uint32_t tiles_ = 0, window_fills_ = 0, slot_uses_ = 0;
+};
+
+}  // namespace sparsek::cuda::sm90
