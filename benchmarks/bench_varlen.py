@@ -78,11 +78,16 @@ def main(argv: list[str] | None = None) -> dict:
             one = [t[rows].transpose(0, 1)[None] for t in packed]
             expected, expected_lse = attention_forward(*one, return_lse=True)
             same = torch.equal(out[rows].transpose(0, 1), expected[0])
-            close = torch.allclose(
-                out[rows].transpose(0, 1).float(), expected[0].float(), atol=2e-3, rtol=2e-3
-            ) and torch.allclose(lse[rows].T, expected_lse[0], atol=1e-4, rtol=1e-4)
-            if not close:
-                raise SystemExit(f"sequence {b} of {length} tokens differs from its own call")
+            error = (out[rows].transpose(0, 1).float() - expected[0].float()).abs()
+            lse_error = (lse[rows].T - expected_lse[0]).abs()
+            # A rounding of |out| <= 4 each; NaN is no agreement.
+            if not (error.max() <= 8e-3 and lse_error.max() <= 1e-4):
+                wrong = (~(error <= 8e-3)).any(-1) | ~(lse_error <= 1e-4)
+                raise SystemExit(
+                    f"sequence {b} of {length} tokens differs from its own call: out by {error.max():.3g}, "
+                    f"lse by {lse_error.max():.3g}; {int(wrong.sum())} of {wrong.numel()} rows of a head, "
+                    f"first (head, position) {wrong.nonzero()[0].tolist()}"
+                )
             differing += not same
         calls = {
             "packed": lambda: attention_varlen_forward(*packed, starts, starts),

@@ -36,12 +36,11 @@ def _run(*command: str) -> str | None:
 
 
 def git_revision() -> str | None:
-    """The commit that is checked out, with "-dirty" where tracked files differ.
-
-    Outside git it is what SPARSEK_REVISION says (scripts/gpu_python.sh), or None.
+    """What SPARSEK_REVISION says: the revision of the libraries that scripts/gpu_python.sh links. Else
+    the commit that is checked out, with "-dirty" where tracked files differ, or None outside git.
     """
-    revision = _run("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    return revision or os.environ.get("SPARSEK_REVISION")
+    revision = os.environ.get("SPARSEK_REVISION")
+    return revision or _run("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
 def describe(device: str) -> dict:
