@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,8 +36,8 @@ from configuration import (
     from_arguments,
     make_inputs,
 )
+from progress import progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 _RESULTS = Path(__file__).parent / "results"
 GPU_DEFAULT = replace(TIER, batch=4)
@@ -165,13 +164,6 @@ class Bench:
         self._arguments = arguments
         self._console = console
 
-    @contextmanager
-    def _progress(self, description: str, steps: int):
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self._console, transient=True) as progress:
-            task = progress.add_task(description, total=steps)
-            yield lambda: progress.advance(task)
-
     def _prepare_peers(
         self, configuration: Configuration, inputs: Inputs, dout: torch.Tensor, with_peers: bool
     ) -> tuple[list[report.Row], dict[str, Callable]]:
@@ -186,19 +178,11 @@ class Bench:
             if not with_peers:
                 row.unavailable = "left out"
                 continue
-            try:
+            with peers.refusal_in(row):
                 step = peer_step(peer, configuration, inputs, dout)
                 step()
                 row.peak_extra_bytes = memory.peak_extra_bytes(step, configuration.device)
                 calls[key] = step
-            except peers.UnavailableError as reason:
-                row.unavailable = str(reason)
-            except torch.OutOfMemoryError:
-                row.unavailable = "out of device memory"
-                torch.cuda.empty_cache()
-            except (RuntimeError, NotImplementedError, ValueError) as error:
-                # A peer that refuses this shape or device must not end the benchmark.
-                row.unavailable = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         return rows, calls
 
     def _prepare_ours(
@@ -235,10 +219,10 @@ class Bench:
         if configuration.is_cuda:
             iters = max(self._arguments.iters or 0, timing.MIN_SUSTAINED_LAUNCHES)
             rounds = self._arguments.rounds
-            with self._progress("timing", rounds * len(calls)) as step:
+            with progress(self._console, "timing", rounds * len(calls)) as step:
                 return timing.time_cuda(calls, iters=iters, repetitions=rounds, on_step=step), iters
         iters = self._arguments.iters or 5
-        with self._progress("timing", iters * len(calls)) as step:
+        with progress(self._console, "timing", iters * len(calls)) as step:
             return timing.time_cpu(calls, iters=iters, on_step=step), iters
 
     def measure(

@@ -15,7 +15,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,8 +36,8 @@ from configuration import (
     from_arguments,
     make_inputs,
 )
+from progress import progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 _RESULTS = Path(__file__).parent / "results"
 _SWEEPS = {
@@ -113,13 +112,6 @@ class Bench:
         self._arguments = arguments
         self._console = console
 
-    @contextmanager
-    def _progress(self, description: str, steps: int):
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self._console, transient=True) as progress:
-            task = progress.add_task(description, total=steps)
-            yield lambda: progress.advance(task)
-
     def _prepare(
         self, configuration: Configuration, inputs: Inputs
     ) -> tuple[list[report.Row], dict[str, Callable[[], torch.Tensor]]]:
@@ -140,20 +132,12 @@ class Bench:
             if self._arguments.peers == "none":
                 row.unavailable = "left out by --peers none"
                 continue
-            try:
+            with peers.refusal_in(row):
                 call = peer.prepare(c, inputs)
                 row.peak_extra_bytes, out = _first_call(call, c.device)
                 if peer.dense and pairs:
                     row.accuracy = accuracy.dense_accuracy(peer.to_bhsd(out), inputs, c, pairs)
                 calls[key] = call
-            except peers.UnavailableError as reason:
-                row.unavailable = str(reason)
-            except torch.OutOfMemoryError:
-                row.unavailable = "out of device memory"
-                torch.cuda.empty_cache()
-            except (RuntimeError, NotImplementedError, ValueError) as error:
-                # A peer that refuses this shape or device must not end the benchmark.
-                row.unavailable = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
         # The third row, after the two that are always there.
         row = report.Row("sparsek", "BlackwellSparseK (learnable sparse)")
@@ -199,7 +183,7 @@ class Bench:
         """Timings of all calls and the number of iterations behind them."""
         if configuration.is_cuda:
             iters = max(self._arguments.iters or 0, timing.MIN_SUSTAINED_LAUNCHES)
-            with self._progress("timing", 3 * len(calls)) as step:
+            with progress(self._console, "timing", 3 * len(calls)) as step:
                 return timing.time_cuda(calls, iters=iters, repetitions=3, on_step=step), iters
         iters = self._arguments.iters
         if iters is None:
@@ -207,7 +191,7 @@ class Bench:
             for call in calls.values():
                 call()
             iters = min(20, max(3, round(_CPU_BUDGET_S / (time.perf_counter() - start))))
-        with self._progress("timing", iters * len(calls)) as step:
+        with progress(self._console, "timing", iters * len(calls)) as step:
             return timing.time_cpu(calls, iters=iters, on_step=step), iters
 
     def measure(self, configuration: Configuration) -> tuple[list[report.Row], int]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from configuration import Configuration, Inputs
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+if TYPE_CHECKING:
+    from report import Row
 
 _BLOCK = 128  # FlexAttention's block of queries and keys
 _STRUCTURED_WINDOW = 512  # the window of the structured sparse peers: T2's peer, see the anchors
@@ -17,6 +22,20 @@ _STRUCTURED_WINDOW = 512  # the window of the structured sparse peers: T2's peer
 
 class UnavailableError(Exception):
     """The peer cannot run here; the message says why, and how to get it."""
+
+
+@contextmanager
+def refusal_in(row: Row) -> Iterator[None]:
+    """A peer that refuses this shape or device must not end the benchmark: its row says why."""
+    try:
+        yield
+    except UnavailableError as reason:
+        row.unavailable = str(reason)
+    except torch.OutOfMemoryError:
+        row.unavailable = "out of device memory"
+        torch.cuda.empty_cache()
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        row.unavailable = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
 @dataclass(frozen=True)

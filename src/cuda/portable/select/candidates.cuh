@@ -27,6 +27,11 @@ __device__ inline unsigned ordered(float u) {
   return static_cast<unsigned>(bits) ^ (bits < 0 ? 0xffffffffu : 0x80000000u);
 }
 
+// The finite float that `ordered` maps to `key`.
+__device__ inline float unordered(unsigned key) {
+  return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+}
+
 class WarpTeam {
  public:
   __device__ WarpTeam(TeamScratch* scratch) : scratch_(scratch) {}

@@ -86,10 +86,7 @@ __device__ void range_of(Team const& team, float const* scores, int count, float
     least = min(least, key), largest = max(largest, key);
   }
   least = team.min(least), largest = team.max(largest);
-  auto const score = [](unsigned key) {
-    return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
-  };
-  low = score(least), high = score(largest);
+  low = unordered(least), high = unordered(largest);
 }
 
 // The marks of a segment.
@@ -261,9 +258,6 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == kWideWarps ? 1 : kNarro
       merge_sorted(list, list.count, num_new, spare_scores, spare_positions, shared.sort, load);
     }
   };
-  auto const score_of = [](unsigned key) {
-    return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
-  };
 
   if constexpr (kWarps == kWideWarps) {
     if (segment_index > 0) {
@@ -359,7 +353,7 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == kWideWarps ? 1 : kNarro
       round_marks = max(1, min(round_marks - 1,
                                static_cast<int>(std::int64_t{round_marks} * room / shared.kept)));
     }
-    float low = score_of(shared.least), high = score_of(shared.largest);
+    float low = unordered(shared.least), high = unordered(shared.largest);
     if (list.count > 0) {
       low = fminf(low, list.scores[list.count - 1]);
       high = fmaxf(high, list.scores[0]);

@@ -165,8 +165,7 @@ struct ThresholdWalker {
     // NOTE: entries cross one boundary or the other in one direction, so equal numbers mean that
     // none did.
     if (saturated == old_saturated && interior == old_interior && !from_nowhere) return false;
-    for (int d = 16; d > 0; d /= 2) change += __shfl_xor_sync(~0u, change, d);
-    sum += change;
+    sum += WarpTeam(nullptr).sum(change);
     return true;
   }
 
@@ -249,8 +248,7 @@ class PoolWalker {
         threshold_.interior += __popc(__ballot_sync(~0u, is_interior));
         threshold_.saturated += __popc(__ballot_sync(~0u, u > threshold_.one));
       }
-      for (int d = 16; d > 0; d /= 2) change += __shfl_xor_sync(~0u, change, d);
-      threshold_.sum += change;
+      threshold_.sum += WarpTeam(nullptr).sum(change);
     }
     return settle(pool, better_kth, better_cut);
   }
