@@ -57,7 +57,7 @@ class Producer {
     }
   }
 
- private:
+ protected:
   __device__ __forceinline__ std::uint32_t barrier(int i) const {
     return smem_ + L::kBarriers + i * 8;
   }

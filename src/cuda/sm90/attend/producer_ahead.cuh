@@ -2,30 +2,33 @@
 // the window slot, and the slots: who leaves, who enters, gates, copies.
 //
 // Keys are admitted to the next tile's slots between the copy of the diagonal tile's K and that of
-// its V, when the consumers have not yet given back the place of V.
+// its V, when the consumers have not yet given back the place of V. What it shares with the plain
+// producer (addresses, barriers, taking a key, scores) is inherited.
 #pragma once
 #include "cuda/device/cp_async.cuh"
 #include "cuda/device/hopper.cuh"
 #include "cuda/sm90/attend/config.hpp"
+#include "cuda/sm90/attend/producer.cuh"
 #include "cuda/sm90/attend/schedule.cuh"
 
 namespace sparsek::cuda::sm90 {
 
 template <int kDim, Mode kMode>
-class AheadProducer {
+class AheadProducer : Producer<kDim, kMode> {
+  using Base = Producer<kDim, kMode>;
   using L = Layout<kDim, kMode>;
   static constexpr int kBlocks = L::kMaxBlocks;
-  static constexpr int kProducerBarrier = 5;  // named barrier of the producer warpgroup
-  static constexpr int kScan = 2;             // loads in flight where a range starts in mid-head
+  static constexpr int kScan = 2;  // loads in flight where a range starts in mid-head
+  using Base::barrier, Base::batch_coordinate, Base::chunk_address, Base::chunk_row;
+  using Base::copy_partial_block, Base::expiry_row, Base::gate_place, Base::load_block;
+  using Base::expiry_, Base::fills_q_, Base::fills_slots_, Base::fills_window_, Base::fresh_;
+  using Base::key_, Base::lane_, Base::next_expiry_, Base::next_tau_, Base::p_, Base::score_;
+  using Base::mbarrier_wait_empty, Base::prefetch, Base::releases_last, Base::take_key;
+  using Base::smem_, Base::tid_, Base::warp_;
+  using Base::threshold_of, Base::write_slot_scores;
 
  public:
-  __device__ __forceinline__ AheadProducer(Params const& p, std::uint32_t smem, char* generic)
-      : p_(p),
-        smem_(smem),
-        generic_(generic),
-        tid_(threadIdx.x & 127),
-        lane_(threadIdx.x & 31),
-        warp_((threadIdx.x & 127) >> 5) {}
+  using Base::Base;
 
   // Works through the range that starts at `cursor`, which is not empty.
   __device__ __forceinline__ void run(Cursor cursor) {
@@ -62,35 +65,9 @@ class AheadProducer {
   }
 
  private:
-  __device__ __forceinline__ std::uint32_t barrier(int i) const {
-    return smem_ + L::kBarriers + i * 8;
-  }
-  template <typename T>
+  template <typename T>  // a using-declaration would not say that it is a template
   __device__ __forceinline__ T* at(int offset) const {
-    return reinterpret_cast<T*>(generic_ + offset);
-  }
-  __device__ __forceinline__ std::int64_t expiry_row(Cursor const& c) const {
-    return c.sequence * p_.stride_expiry_batch + c.kv_head * p_.stride_expiry_head +
-           c.tiles.first_k;
-  }
-  __device__ __forceinline__ std::int64_t score_at(Cursor const& c, int key) const {
-    return c.sequence * p_.stride_scores_batch + c.kv_head * p_.stride_scores_head +
-           (c.tiles.first_k + key) * p_.stride_scores_position;
-  }
-  __device__ __forceinline__ std::int64_t chunk_row(Cursor const& c) const {
-    std::int64_t const first = p_.cu_seqlens_k ? c.tiles.first_k / p_.chunk_size + c.sequence : 0;
-    return c.sequence * p_.stride_chunk_batch + c.kv_head * p_.stride_chunk_head + first;
-  }
-  __device__ __forceinline__ int batch_coordinate(Cursor const& c) const {
-    return p_.cu_seqlens_k ? 0 : c.sequence;
-  }
-
-  // Whether what follows the cursor's tile needs something else in the window slot than this tile's
-  // last block.
-  __device__ __forceinline__ bool releases_last(Cursor const& c) const {
-    bool const more = c.has_next(p_);
-    bool const last_is_diagonal = c.t == 0 || (c.g & 1) == 0;
-    return !(more && (c.g + 1 < p_.group || (c.t + 1 < c.tiles.end && last_is_diagonal)));
+    return Base::template at<T>(offset);
   }
 
   // --- Q and the plan ----------------------------------------------------------------------------
@@ -186,56 +163,6 @@ class AheadProducer {
     __syncwarp();
   }
 
-  // A tile of K or V row by row, zeros where the sequence has no key.
-  __device__ __forceinline__ void copy_partial_block(int base, char const* rows,
-                                                     std::int64_t stride_batch,
-                                                     std::int64_t stride_head,
-                                                     std::int64_t stride_position, int tile,
-                                                     Cursor const& c) const {
-    constexpr int kChunks = kDim / 8;  // of 16 bytes in a row
-    rows += batch_coordinate(c) * stride_batch + c.kv_head * stride_head +
-            (c.tiles.first_k + tile * kTile) * stride_position;
-    for (int i = tid_; i < kTile * kChunks; i += 128) {
-      int const r = i / kChunks, chunk = i % kChunks;
-      bool const valid = tile * kTile + r < c.tiles.valid && chunk * 8 < p_.head_dim;
-      device::cp_async_16(chunk_address(base, r, chunk),
-                          valid ? rows + r * stride_position + chunk * 16 : rows, valid);
-    }
-    device::cp_async_wait_all();
-    device::fence_async_proxy();
-  }
-
-  __device__ __forceinline__ void load_block(CUtensorMap const* map, int full, int base,
-                                             int position, Cursor const& c) {
-    device::mbarrier_arrive_expect(barrier(full), L::kBlockBytes);
-    for (int half = 0; half < kDim / 64; ++half) {
-      device::tma_load(smem_ + base + half * L::kHalfBytes, map, barrier(full), half * 64, position,
-                       c.kv_head, batch_coordinate(c));
-    }
-  }
-
-  // The `fills`-th fill waits for the release of the one before.
-  __device__ __forceinline__ void mbarrier_wait_empty(int empty, int fills) {
-    device::mbarrier_wait(barrier(empty), (fills - 1) & 1);
-  }
-
-  // Shared address of 16 bytes of a row of a block at `base`: halves of 64 columns, 128-byte
-  // swizzle.
-  __device__ __forceinline__ std::uint32_t chunk_address(int base, int row, int chunk) const {
-    return smem_ + base + (chunk >> 3) * L::kHalfBytes + row * 128 +
-           (((chunk & 7) ^ (row & 7)) << 4);
-  }
-
-  // A consumer thread reads what belongs to its columns 2 q, 2 q + 1, 2 q + 8, 2 q + 9 of 16 at
-  // once.
-  __device__ __forceinline__ static int gate_place(int slot) {
-    return (slot & ~15) | (slot & 6) << 1 | (slot & 8) >> 2 | (slot & 1);
-  }
-
-  // --- the slots ---------------------------------------------------------------------------------
-  // Every thread owns one slot of each block: its key, until when it is seen, its score, and
-  // whether the row is still to be copied.
-
   // A new head, perhaps in its middle: finds the keys before the window tile that are alive at the
   // cursor's tile.
   __device__ __forceinline__ void start_slots(Cursor const& c) {
@@ -310,25 +237,6 @@ class AheadProducer {
     return count;
   }
 
-  __device__ __forceinline__ void take_key(Cursor const& c, int i, int key) {
-    key_[i] = key;
-    expiry_[i] = p_.expiry[expiry_row(c) + key];
-    score_[i] = p_.gated ? p_.scores[score_at(c, key)] : 0.f;
-    fresh_[i] = true;
-  }
-
-  __device__ __forceinline__ float threshold_of(Cursor const& c, int tile) const {
-    return p_.threshold[chunk_row(c) + tile * kTile / p_.chunk_size];
-  }
-
-  // Loads ahead what admission to `tile` needs: keys of the tile that was the window of the tile
-  // before.
-  __device__ __forceinline__ void prefetch(Cursor const& c, int tile) {
-    if (tile < 2 || tile >= c.tiles.end) return;
-    next_expiry_ = p_.expiry[expiry_row(c) + (tile - 2) * kTile + tid_];
-    if (kMode == Mode::kAligned && p_.gated) next_tau_ = threshold_of(c, tile);
-  }
-
   // The prefetched keys that the cursor's tile sees take the place of keys that it no longer sees.
   __device__ __forceinline__ void admit(Cursor const& c, int tile) {
     std::uint32_t const lower = (1u << lane_) - 1;
@@ -400,20 +308,6 @@ class AheadProducer {
     device::mbarrier_arrive(barrier(kFullGate + (fills_slots_ & 1)));
   }
 
-  // General: scores, and for how many rows of this tile each slot is seen.
-  __device__ __forceinline__ void write_slot_scores(Cursor const& c) {
-    int const now = c.t * kTile;
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      if (i >= p_.num_blocks) break;
-      int const place = i * kTile + gate_place(tid_);
-      at<float>(L::kSlotScore)[place] = score_[i];
-      at<std::uint16_t>(L::kSlotExpiry)[place] =
-          static_cast<std::uint16_t>(min(max(expiry_[i] - now, 0), kTile));
-    }
-    device::mbarrier_arrive(barrier(kFullGate));
-  }
-
   // Copies the fresh rows of this warp's slots. Where a head starts, slots without a key are
   // zeroed: what the head before left there must not meet this one's weights of 0.
   __device__ __forceinline__ void copy_rows(Cursor const& c, int base, char const* rows,
@@ -447,17 +341,6 @@ class AheadProducer {
     device::cp_async_wait_all();
     device::fence_async_proxy();
   }
-
-  Params const& p_;
-  std::uint32_t const smem_;
-  char* const generic_;
-  int const tid_, lane_, warp_;
-  int fills_q_ = 0, fills_window_ = 0, fills_slots_ = 0;
-  int expiry_[kBlocks] = {}, key_[kBlocks] = {};
-  float score_[kBlocks] = {};
-  bool fresh_[kBlocks] = {};
-  int next_expiry_ = 0;
-  float next_tau_ = 0.f;
 };
 
 }  // namespace sparsek::cuda::sm90
