@@ -12,15 +12,25 @@
 #include "cuda/device/mma_sync.cuh"
 #include "cuda/device/wgmma.cuh"
 #include "cuda/sm90/attend/config.hpp"
+#include "cuda/sm90/attend/consumer_base.cuh"
 #include "cuda/sm90/attend/scores.cuh"
 
 namespace sparsek::cuda::sm90 {
 
 template <typename T, int kDim>
-class Consumer {
-  using L = Layout<kDim, Mode::kAligned>;
-  static constexpr int kK16 = kDim / 16;     // 16-column steps of the score product
-  static constexpr int kOutRegs = kDim / 2;  // accumulators of the output
+class Consumer : ConsumerBase<T, kDim, Mode::kAligned> {
+  using Base = ConsumerBase<T, kDim, Mode::kAligned>;
+  using Base::clear_sums, Base::raise_reference, Base::after_first_scores, Base::collect;
+  using Base::flags_, Base::queries_pending_;
+  using Base::kOutRegs;
+  using Base::m0_, Base::m1_, Base::l0_, Base::l1_, Base::s0_, Base::s1_, Base::r0_, Base::r1_;
+  using Base::p_, Base::smem_, Base::generic_, Base::wg_;
+  using Base::plan, Base::half, Base::row, Base::query_address, Base::end_products;
+  using Base::scale_;
+  using Base::store_lse, Base::store_row, Base::give_back_queries, Base::O_, Base::P_, Base::Q_;
+  using Base::tid, Base::lane, Base::warp, Base::quad, Base::barrier, Base::wait, Base::release;
+  using typename Base::L;
+  static constexpr int kK16 = kDim / 16;  // 16-column steps of the score product
   template <int N>
   using Int = std::integral_constant<int, N>;
   using Scores128 = float[64];
@@ -33,7 +43,7 @@ class Consumer {
 
  public:
   __device__ __forceinline__ Consumer(Params const& p, std::uint32_t smem, char* generic, int wg)
-      : p_(p), smem_(smem), generic_(generic), wg_(wg), scale_(p.scale_log2) {
+      : Base(p, smem, generic, wg) {
     desc_k_ = device::matrix_descriptor(smem, 16, 1024);
     desc_v_ = device::matrix_descriptor(smem, L::kHalfBytes, 1024);
   }
@@ -55,35 +65,6 @@ class Consumer {
   }
 
  private:
-  // --- small things ------------------------------------------------------------------------------
-  __device__ __forceinline__ int tid() const { return threadIdx.x & 127; }
-  __device__ __forceinline__ int lane() const { return threadIdx.x & 31; }
-  __device__ __forceinline__ int warp() const { return (threadIdx.x & 127) >> 5; }
-  __device__ __forceinline__ int quad() const { return threadIdx.x & 3; }
-  __device__ __forceinline__ std::uint32_t barrier(int i) const {
-    return smem_ + L::kBarriers + i * 8;
-  }
-  __device__ __forceinline__ void wait(int i, std::uint32_t parity) const {
-    device::mbarrier_wait(barrier(i), parity & 1);
-  }
-  __device__ __forceinline__ void release(int i) const {
-    if (lane() == 0) device::mbarrier_arrive(barrier(i));
-  }
-  __device__ __forceinline__ TilePlan const& plan(int tile_count) const {
-    return reinterpret_cast<TilePlan const*>(generic_ + L::kPlans)[tile_count & 1];
-  }
-  // Which 64 rows of the tile: rows 64 * half() + ...
-  __device__ __forceinline__ int half() const { return wg_ ^ (flags_ & kSwapHalves ? 1 : 0); }
-  // This thread's rows of the tile are row() and row() + 8.
-  __device__ __forceinline__ int row() const { return 64 * half() + warp() * 16 + (lane() >> 2); }
-  // Address of this lane's row in this warpgroup's part of Q; 16-column step kk.
-  __device__ __forceinline__ std::uint32_t query_address(int kk) const {
-    int const r = warp() * 16 + (lane() & 15);
-    std::uint32_t const chunk = (lane() >> 4) ^ (lane() & 7);
-    return smem_ + L::kQ + wg_ * L::kQBytes + r * 128 + ((chunk ^ (2 * kk & 7)) << 4) +
-           (kk >> 2) * (64 * 128);
-  }
-
   // --- queries -----------------------------------------------------------------------------------
   // Waits for the next tile's queries and plan. Registers `Q` hold the queries, so that their
   // buffer can stage the output.
@@ -142,7 +123,6 @@ class Consumer {
     device::pin(O_), device::pin(P_), device::pin(Q_);
     device::wgmma_fence();
   }
-  __device__ __forceinline__ void end_products() { device::named_barrier_arrive(2 - wg_, 256); }
 
   // --- softmax -----------------------------------------------------------------------------------
   // Weights of keys 16 g ... 16 g + 15.
@@ -158,21 +138,11 @@ class Consumer {
       P_[i / 2] = device::pack2<T>(a, b), P_[i / 2 + 1] = device::pack2<T>(d, e);
     }
   }
-  __device__ __forceinline__ void clear_sums() { s0_ = s1_ = r0_ = r1_ = 0.f; }
   template <int N>
   __device__ __forceinline__ void weigh_block(float (&S)[N]) {
     clear_sums();
 #pragma unroll
     for (int g = 0; g < N / 8; ++g) weigh(S, g);
-  }
-  // Raises the reference exponents to n0, n1: earlier weights and sums shrink.
-  __device__ __forceinline__ void raise_reference(float n0, float n1) {
-    float const c0 = device::exp2_approx(m0_ - n0), c1 = device::exp2_approx(m1_ - n1);
-    m0_ = n0, m1_ = n1, l0_ *= c0, l1_ *= c1;
-#pragma unroll
-    for (int j = 0; j < kOutRegs / 4; ++j) {
-      O_[4 * j] *= c0, O_[4 * j + 1] *= c0, O_[4 * j + 2] *= c1, O_[4 * j + 3] *= c1;
-    }
   }
   template <int N>
   __device__ __forceinline__ void weigh_later(float (&S)[N]) {
@@ -251,11 +221,6 @@ class Consumer {
     set_reference(S);
     weigh_first(S, [](int) {});
     keys_in_last_ = 128;
-  }
-  // K of the window slot is free again once the first block's scores are there, unless the next
-  // tile uses it too.
-  __device__ __forceinline__ void after_first_scores() {
-    if (!(flags_ & kSingle) || (flags_ & kReleaseLast)) release(kEmptyWindowK);
   }
 
   // Slots and last block of a tile.
@@ -416,42 +381,6 @@ class Consumer {
     }
     queries_pending_ = flags_ & kMore;
   }
-  // This warpgroup's first warp waits for the others: the output is staged, the plan read.
-  __device__ __forceinline__ void collect() {
-    if (warp() == 0)
-      device::named_barrier_sync(3 + wg_, 128);
-    else
-      device::named_barrier_arrive(3 + wg_, 128);
-  }
-  __device__ __forceinline__ void store_lse(TilePlan const& old, int r, float l, float m) {
-    if (r < old.row_begin || r >= old.row_end) return;
-    p_.lse[old.lse_offset + r * p_.stride_lse_position] =
-        l > 0.f ? (m + __log2f(l)) * 0.69314718f : -INFINITY;
-  }
-  // Row r of a partly existing tile, from registers; `first`: 0 for row(), 2 for row() + 8.
-  __device__ __forceinline__ void store_row(TilePlan const& old, int r, int first, float inverse) {
-    if (r < old.row_begin || r >= old.row_end) return;
-    char* const row = p_.out_rows + old.batch * p_.stride_out_batch +
-                      old.q_head * p_.stride_out_head +
-                      static_cast<std::int64_t>(old.q_position + r) * p_.stride_out_position;
-#pragma unroll
-    for (int j = 0; j < kOutRegs / 4; ++j) {
-      int const column = 8 * j + 2 * quad();
-      if (column < p_.head_dim) {
-        *reinterpret_cast<std::uint32_t*>(row + column * 2) =
-            device::pack2<T>(O_[4 * j + first] * inverse, O_[4 * j + first + 1] * inverse);
-      }
-    }
-  }
-  // The queries' buffer, once the output of the tile before has been read from it.
-  __device__ __forceinline__ void give_back_queries() {
-    if (!queries_pending_) return;
-    queries_pending_ = false;
-    if (tid() == 0) {
-      device::tma_store_wait_read();
-      device::mbarrier_arrive(barrier(kEmptyQ + wg_));
-    }
-  }
   // Output of the last block of this block's last tile.
   __device__ __forceinline__ void last_output() {
     TilePlan const& old = plan(tiles_ - 1);
@@ -478,24 +407,12 @@ class Consumer {
     if (tid() == 0) device::tma_store_wait();
   }
 
-  Params const& p_;
-  std::uint32_t const smem_;
-  char* const generic_;
-  int const wg_;
-  float const scale_;
   std::uint64_t desc_k_, desc_v_;
 
-  float O_[kOutRegs];          // output
-  std::uint32_t P_[32];        // weights, the next product's A operand
-  std::uint32_t Q_[kDim / 4];  // this tile's queries
-  float m0_ = 0.f, m1_ = 0.f, l0_ = 0.f,
-        l1_ = 0.f;           // reference exponent and this thread's part of the sum, two rows
-  float s0_, s1_, r0_, r1_;  // sums of one block
   struct {
     float l0, l1, m0, m1, i0, i1;
   } done_;  // of the tile whose output is being finished
-  int flags_ = 0, blocks_ = 0, keys_in_last_ = 128;
-  bool queries_pending_ = false;
+  int blocks_ = 0, keys_in_last_ = 128;
   std::uint32_t tiles_ = 0, window_fills_ = 0, slot_uses_ = 0;
 };
 

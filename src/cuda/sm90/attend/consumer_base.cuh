@@ -1,0 +1,120 @@
+// What the consumer warpgroups of both kernels share, the plain one and the one that works ahead: who
+// a thread is, places in shared memory, barriers, the state of 64 query rows, and their way out.
+//
+// NOTE: counters that only the derived classes use stand there: where they lie decides how the
+// compiler schedules the general mode.
+#pragma once
+#include "cuda/device/hopper.cuh"
+#include "cuda/device/mma_sync.cuh"
+#include "cuda/sm90/attend/config.hpp"
+
+namespace sparsek::cuda::sm90 {
+
+template <typename T, int kDim, Mode kMode>
+class ConsumerBase {
+ protected:
+  using L = Layout<kDim, kMode>;
+  static constexpr int kOutRegs = kDim / 2;  // accumulators of the output
+
+  __device__ __forceinline__ ConsumerBase(Params const& p, std::uint32_t smem, char* generic,
+                                          int wg)
+      : p_(p), smem_(smem), generic_(generic), wg_(wg), scale_(p.scale_log2) {}
+
+  __device__ __forceinline__ int tid() const { return threadIdx.x & 127; }
+  __device__ __forceinline__ int lane() const { return threadIdx.x & 31; }
+  __device__ __forceinline__ int warp() const { return (threadIdx.x & 127) >> 5; }
+  __device__ __forceinline__ int quad() const { return threadIdx.x & 3; }
+  __device__ __forceinline__ std::uint32_t barrier(int i) const {
+    return smem_ + L::kBarriers + i * 8;
+  }
+  __device__ __forceinline__ void wait(int i, std::uint32_t parity) const {
+    device::mbarrier_wait(barrier(i), parity & 1);
+  }
+  __device__ __forceinline__ void release(int i) const {
+    if (lane() == 0) device::mbarrier_arrive(barrier(i));
+  }
+  __device__ __forceinline__ TilePlan const& plan(int tile_count) const {
+    return reinterpret_cast<TilePlan const*>(generic_ + L::kPlans)[tile_count & 1];
+  }
+  // Which 64 rows of the tile: rows 64 * half() + ...
+  __device__ __forceinline__ int half() const { return wg_ ^ (flags_ & kSwapHalves ? 1 : 0); }
+  // This thread's rows of the tile are row() and row() + 8.
+  __device__ __forceinline__ int row() const { return 64 * half() + warp() * 16 + (lane() >> 2); }
+  // Address of this lane's row in this warpgroup's part of Q; 16-column step kk.
+  __device__ __forceinline__ std::uint32_t query_address(int kk) const {
+    int const r = warp() * 16 + (lane() & 15);
+    std::uint32_t const chunk = (lane() >> 4) ^ (lane() & 7);
+    return smem_ + L::kQ + wg_ * L::kQBytes + r * 128 + ((chunk ^ (2 * kk & 7)) << 4) +
+           (kk >> 2) * (64 * 128);
+  }
+
+  __device__ __forceinline__ void end_products() { device::named_barrier_arrive(2 - wg_, 256); }
+  __device__ __forceinline__ void clear_sums() { s0_ = s1_ = r0_ = r1_ = 0.f; }
+  // Raises the reference exponents to n0, n1: earlier weights and sums shrink.
+  __device__ __forceinline__ void raise_reference(float n0, float n1) {
+    float const c0 = device::exp2_approx(m0_ - n0), c1 = device::exp2_approx(m1_ - n1);
+    m0_ = n0, m1_ = n1, l0_ *= c0, l1_ *= c1;
+#pragma unroll
+    for (int j = 0; j < kOutRegs / 4; ++j) {
+      O_[4 * j] *= c0, O_[4 * j + 1] *= c0, O_[4 * j + 2] *= c1, O_[4 * j + 3] *= c1;
+    }
+  }
+  // K of the window slot is free again once the first block's scores are there, unless the next
+  // tile uses it too.
+  __device__ __forceinline__ void after_first_scores() {
+    if (!(flags_ & kSingle) || (flags_ & kReleaseLast)) release(kEmptyWindowK);
+  }
+  // This warpgroup's first warp waits for the others: the output is staged, the plan read.
+  __device__ __forceinline__ void collect() {
+    if (warp() == 0)
+      device::named_barrier_sync(3 + wg_, 128);
+    else
+      device::named_barrier_arrive(3 + wg_, 128);
+  }
+  __device__ __forceinline__ void store_lse(TilePlan const& old, int r, float l, float m) {
+    if (r < old.row_begin || r >= old.row_end) return;
+    p_.lse[old.lse_offset + r * p_.stride_lse_position] =
+        l > 0.f ? (m + __log2f(l)) * 0.69314718f : -INFINITY;
+  }
+  // Row r of a partly existing tile, from registers; `first`: 0 for row(), 2 for row() + 8.
+  __device__ __forceinline__ void store_row(TilePlan const& old, int r, int first, float inverse) {
+    if (r < old.row_begin || r >= old.row_end) return;
+    char* const row = p_.out_rows + old.batch * p_.stride_out_batch +
+                      old.q_head * p_.stride_out_head +
+                      static_cast<std::int64_t>(old.q_position + r) * p_.stride_out_position;
+#pragma unroll
+    for (int j = 0; j < kOutRegs / 4; ++j) {
+      int const column = 8 * j + 2 * quad();
+      if (column < p_.head_dim) {
+        *reinterpret_cast<std::uint32_t*>(row + column * 2) =
+            device::pack2<T>(O_[4 * j + first] * inverse, O_[4 * j + first + 1] * inverse);
+      }
+    }
+  }
+  // The queries' buffer, once the output of the tile before has been read from it.
+  __device__ __forceinline__ void give_back_queries() {
+    if (!queries_pending_) return;
+    queries_pending_ = false;
+    if (tid() == 0) {
+      device::tma_store_wait_read();
+      device::mbarrier_arrive(barrier(kEmptyQ + wg_));
+    }
+  }
+
+  Params const& p_;
+  std::uint32_t const smem_;
+  char* const generic_;
+  int const wg_;
+  float const scale_;
+
+  float O_[kOutRegs];          // output
+  std::uint32_t P_[32];        // weights, the next product's A operand
+  std::uint32_t Q_[kDim / 4];  // this tile's queries
+  float m0_ = 0.f, m1_ = 0.f, l0_ = 0.f,
+        l1_ = 0.f;           // reference exponent and this thread's part of the sum, two rows
+  float s0_, s1_, r0_, r1_;  // sums of one block
+  int flags_ = 0;
+  bool queries_pending_ = false;
+};
+
+}  // namespace sparsek::cuda::sm90
