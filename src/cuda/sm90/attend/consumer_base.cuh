@@ -31,6 +31,7 @@ class ConsumerBase {
     device::mbarrier_wait(barrier(i), parity & 1);
   }
   __device__ __forceinline__ void release(int i) const {
+    __syncwarp();  // the other lanes have read, too
     if (lane() == 0) device::mbarrier_arrive(barrier(i));
   }
   __device__ __forceinline__ TilePlan const& plan(int tile_count) const {

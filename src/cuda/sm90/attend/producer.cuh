@@ -138,7 +138,7 @@ class Producer {
     bool const partial = (p_.lengths || p_.cu_seqlens_k) && (tile + 1) * kTile > c.tiles.valid;
     int const position = c.tiles.first_k + tile * kTile;
     if (kClearKeys && partial) {
-      if (fills_window_) mbarrier_wait_empty(kEmptyWindowK, fills_window_);
+      wait_empty_together(kEmptyWindowK);
       copy_partial_block(L::kWindowK, p_.k_rows, p_.stride_k_batch, p_.stride_k_head,
                          p_.stride_k_position, tile, c);
       device::named_barrier_sync(kProducerBarrier, 128);
@@ -154,7 +154,7 @@ class Producer {
         seen_until = p_.expiry[expiry_row(c) + tile * kTile + tid_];
         if (p_.gated) score = p_.scores[score_at(c, tile * kTile + tid_)];
       }
-      if (fills_window_) mbarrier_wait_empty(kEmptyWindowV, fills_window_);
+      wait_empty_together(kEmptyWindowV);
       if (kMode == Mode::kGeneral) {
         int const place = gate_place(tid_);
         at<float>(L::kWindowScore)[place] = score;
@@ -211,6 +211,14 @@ class Producer {
   // The `fills`-th fill waits for the release of the one before.
   __device__ __forceinline__ void mbarrier_wait_empty(int empty, int fills) {
     device::mbarrier_wait(barrier(empty), (fills - 1) & 1);
+  }
+
+  // The same for the window slot, before all threads write to it. NOTE: one thread waits, the one
+  // that waits at every fill. Another could be fills ahead of it, where a parity means another phase.
+  __device__ __forceinline__ void wait_empty_together(int empty) {
+    if (fills_window_ == 0) return;
+    if (tid_ == 0) mbarrier_wait_empty(empty, fills_window_);
+    device::named_barrier_sync(kProducerBarrier, 128);
   }
 
   // Shared address of 16 bytes of a row of a block at `base`: halves of 64 columns, 128-byte

@@ -25,7 +25,7 @@ class AheadProducer : Producer<kDim, kMode> {
   using Base::key_, Base::lane_, Base::next_expiry_, Base::next_tau_, Base::p_, Base::score_;
   using Base::mbarrier_wait_empty, Base::prefetch, Base::releases_last, Base::take_key;
   using Base::smem_, Base::tid_, Base::warp_;
-  using Base::threshold_of, Base::write_slot_scores;
+  using Base::threshold_of, Base::wait_empty_together, Base::write_slot_scores;
 
  public:
   using Base::Base;
@@ -138,7 +138,7 @@ class AheadProducer : Producer<kDim, kMode> {
         seen_until = p_.expiry[expiry_row(c) + tile * kTile + tid_];
         if (p_.gated) score = p_.scores[score_at(c, tile * kTile + tid_)];
       }
-      if (fills_window_) mbarrier_wait_empty(kEmptyWindowV, fills_window_);
+      wait_empty_together(kEmptyWindowV);
       if (kMode == Mode::kGeneral) {
         int const place = gate_place(tid_);
         at<float>(L::kWindowScore)[place] = score;
