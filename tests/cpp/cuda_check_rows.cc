@@ -118,6 +118,28 @@ void add_packed(std::vector<Row>& rows) {
   }
 }
 
+// Sequences that end within a tile, query heads that share keys, and tiles enough that a block works
+// through many of them: places in shared memory change hands often between whole tiles and ends.
+void add_many_ends(std::vector<Row>& rows) {
+  std::vector<std::int64_t> const lengths{300, 131, 700, 17,  513, 129,
+                                          390, 255, 640, 100, 333, 450};
+  std::int64_t const total = std::accumulate(lengths.begin(), lengths.end(), 0L);
+  for (std::int64_t const head_dim : {64, 128}) {
+    for (std::int64_t const chunk_size : {1, 128}) {
+      std::string const suffix =
+          "_d" + std::to_string(head_dim) + "_c" + std::to_string(chunk_size);
+      Row row = make_row("packed_ends" + suffix, {1, 32, 4, total, total, head_dim},
+                         {256, 128, chunk_size}, Gate::kSoftmax);
+      row.packed_q = row.packed_k = lengths;
+      rows.push_back(row);
+      row = make_row("ragged_ends" + suffix, {7, 40, 8, 700, 700, head_dim}, {128, 128, chunk_size},
+                     Gate::kSoftmax);
+      row.c.lengths = "ragged";
+      rows.push_back(row);
+    }
+  }
+}
+
 void add_foreign(std::vector<Row>& rows) {
   for (bool const bounded : {false, true}) {
     for (std::int64_t const head_dim : kHeadDims) {
@@ -197,6 +219,7 @@ std::vector<Row> all_rows() {
   add_few_queries(rows);
   add_lengths(rows);
   add_packed(rows);
+  add_many_ends(rows);
   add_foreign(rows);
   add_scales(rows);
   add_planted_nan(rows);

@@ -60,6 +60,7 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
     load_queries();
     load_plan();
     next_plan();
+    load_thresholds();
     first_tile();
     for (;;) {
       if (flags_ & kSingle) {
@@ -105,12 +106,12 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
     ++tiles_;
   }
   // The next tile becomes the current one.
-  __device__ __forceinline__ void next_plan() {
-    flags_ = next_flags_;
+  __device__ __forceinline__ void next_plan() { flags_ = next_flags_; }
+  // General: thresholds of this thread's two rows, and where their pools end relative to the window
+  // tile.
+  __device__ __forceinline__ void load_thresholds() {
     if constexpr (kGeneral) {
       TilePlan const& now = plan(tiles_ - 1);
-      // Thresholds of this thread's two rows, and where their pools end relative to the window
-      // tile.
       int const tile = __shfl_sync(~0u, now.tile, 0);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -228,12 +229,19 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
 #pragma unroll
     for (int g = 0; g < N / 8; ++g) weigh<kColumns>(S, g, block);
   }
+  // General: the block's maxima, in the shadow of the output product.
+  template <int N>
+  __device__ __forceinline__ void find_maxima(float (&S)[N]) {
+    row_max(S, scale_, x0_, x1_);
+    // The compiler would not leave them here by itself.
+    asm volatile("" : "+f"(x0_), "+f"(x1_));
+  }
   template <Columns kColumns, int N>
   __device__ __forceinline__ void weigh_later(float (&S)[N], int block) {
     if constexpr (kGeneral) {
-      float x0, x1;
-      row_max(S, scale_, x0, x1);
-      if (__any_sync(~0u, x0 > m0_ || x1 > m1_)) raise_reference(fmaxf(m0_, x0), fmaxf(m1_, x1));
+      if (__any_sync(~0u, x0_ > m0_ || x1_ > m1_)) {
+        raise_reference(fmaxf(m0_, x0_ + kHeadroom), fmaxf(m1_, x1_ + kHeadroom));
+      }
       weigh_block<kColumns>(S, block);
     } else {
       weigh_block<kColumns>(S, block);
@@ -257,6 +265,9 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
 #pragma unroll
     for (int g = 0; g < N / 8; ++g) {
       uint2 const e = device::load_shared_uint2(smem_ + expiry_base + (g * 16 + quad() * 4) * 2);
+      // Hardly any group of 16 keys needs a mask where a warp's rows lie before its expiries.
+      std::uint32_t const least = __vminu2(e.x, e.y);
+      if (!__any_sync(~0u, r + 8 >= static_cast<int>(min(least & 0xffff, least >> 16)))) continue;
       int const until[4] = {static_cast<int>(e.x & 0xffff), static_cast<int>(e.x >> 16),
                             static_cast<int>(e.y & 0xffff), static_cast<int>(e.y >> 16)};
 #pragma unroll
@@ -281,11 +292,8 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
   }
   __device__ __forceinline__ void set_reference(Scores128& S) {
     row_max(S, scale_, m0_, m1_);
-    if constexpr (kGeneral) {
-      m0_ = fmaxf(m0_, kNoReference), m1_ = fmaxf(m1_, kNoReference);
-    } else {
-      m0_ += kHeadroom, m1_ += kHeadroom;
-    }
+    m0_ += kHeadroom, m1_ += kHeadroom;
+    if constexpr (kGeneral) m0_ = fmaxf(m0_, kNoReference), m1_ = fmaxf(m1_, kNoReference);
   }
   // Weights of the first block; `between` runs after every 16 keys.
   template <typename Between>
@@ -373,6 +381,7 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
     if constexpr (kGeneral) {
       if (block == 0) wait(kFullGate, slot_uses_);
       mask_expired(S, L::kSlotExpiry + block * kTile * 2, 0);
+      find_maxima(S);
     } else {
       // They came with K.
       std::uint32_t const gates = smem_ + L::kGate + (slot_uses_ & 1) * L::kGateBytes;
@@ -426,21 +435,28 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
     bool const more = flags_ & kMore;
     if (any && more) load_next();
     window_over_ = test(kFullWindowV, window_fills_ - 1);
+    bool const plain = kColumns == Columns::kDiagonal && p_.diagonal_plain;
+    if constexpr (kGeneral) {
+      if (!any) {
+        device::wgmma_wait<0>();
+        release(kEmptyWindowV);
+      }
+      if (!plain) {
+        wait(kFullWindowV, window_fills_ - 1);
+        mask_expired(S, L::kWindowExpiry, kColumns == Columns::kWindow ? kTile : 0);
+      }
+      find_maxima(S);
+      device::pin(S);
+    }
     device::wgmma_wait<0>();
     device::pin(O_), device::pin(P_), device::pin(Q_);
     if (!any) {
-      release(kEmptyWindowV);
+      if constexpr (!kGeneral) release(kEmptyWindowV);
     } else if (flags_ & kReleaseSlots) {
       release(kEmptySlotV);
       ++slot_uses_;
     }
     if (!any && more) load_next();
-    // Expiries and scores of the window slot come with V, whose place is free only now.
-    bool const plain = kColumns == Columns::kDiagonal && p_.diagonal_plain;
-    if (kGeneral && !plain) {
-      wait(kFullWindowV, window_fills_ - 1);
-      mask_expired(S, L::kWindowExpiry, kColumns == Columns::kWindow ? kTile : 0);
-    }
     if (kGeneral && !plain && p_.gated)
       weigh_later<kColumns>(S, 0);
     else
@@ -470,23 +486,25 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
       products(Int<64>{});
     end_products();
     if (fresh) ++window_fills_;
+    load_thresholds();
     finish();
     device::wgmma_wait<1>();
     device::pin(S);
     after_first_scores();
-    if constexpr (!kGeneral) {
-      mask_first(S), set_reference(S);
-      // In the shadow of the output product, where the compiler would not leave it by itself.
-      asm volatile("" : "+f"(m0_), "+f"(m1_));
+    // A fresh block's expiries come with V, whose place is free only after the output product.
+    bool const late = kGeneral && fresh && !(flags_ & kDiagonalFirst && p_.diagonal_plain);
+    if (late) {
+      device::wgmma_wait<0>();
+      if (old_release) release(kEmptyWindowV);
+      wait(kFullWindowV, window_fills_ - 1);
     }
+    mask_first(S), set_reference(S);
+    // In the shadow of the output product, where the compiler would not leave it by itself.
+    asm volatile("" : "+f"(m0_), "+f"(m1_));
     slots_over_ = test(kFullSlotK, slot_uses_);
     device::wgmma_wait<0>();
     device::pin(O_), device::pin(P_), device::pin(Q_);
-    if (old_release) release(kEmptyWindowV);
-    if constexpr (kGeneral) {  // a fresh block's expiries come with V, whose place is free only now
-      if (fresh) wait(kFullWindowV, window_fills_ - 1);
-      mask_first(S), set_reference(S);
-    }
+    if (old_release && !late) release(kEmptyWindowV);
     TilePlan const& old = old_plan();
     weigh_first(S, [&](int g) {
       if (g < kK16 && whole_) stage(g);
@@ -586,6 +604,7 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
     if (tid() == 0) device::tma_store_wait();
   }
 
+  float x0_, x1_;     // maxima of a block's rows
   float inverse_[2];  // of the sums of the tile whose output is being written
   float tau_[2];
   int pool_end_[2];
