@@ -265,9 +265,6 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
 #pragma unroll
     for (int g = 0; g < N / 8; ++g) {
       uint2 const e = device::load_shared_uint2(smem_ + expiry_base + (g * 16 + quad() * 4) * 2);
-      // Hardly any group of 16 keys needs a mask where a warp's rows lie before its expiries.
-      std::uint32_t const least = __vminu2(e.x, e.y);
-      if (!__any_sync(~0u, r + 8 >= static_cast<int>(min(least & 0xffff, least >> 16)))) continue;
       int const until[4] = {static_cast<int>(e.x & 0xffff), static_cast<int>(e.x >> 16),
                             static_cast<int>(e.y & 0xffff), static_cast<int>(e.y >> 16)};
 #pragma unroll
