@@ -76,11 +76,14 @@ void add_extremes_of_head_count(std::vector<Row>& rows) {
       make_row("heads_1536_default", {16, 96, 48, 150, 150, 128}, {256, 128, 128}, Gate::kSoftmax));
 }
 
+std::string suffix_of(std::int64_t head_dim, std::int64_t chunk_size) {
+  return "_d" + std::to_string(head_dim) + "_c" + std::to_string(chunk_size);
+}
+
 void add_lengths(std::vector<Row>& rows) {
   for (std::int64_t const head_dim : kHeadDims) {
     for (std::int64_t const chunk_size : {1, 100, 128}) {
-      std::string const suffix =
-          "_d" + std::to_string(head_dim) + "_c" + std::to_string(chunk_size);
+      std::string const suffix = suffix_of(head_dim, chunk_size);
       Row row = make_row("ragged" + suffix, {7, 4, 2, 700, 700, head_dim}, {64, 64, chunk_size},
                          Gate::kSoftmax);
       row.c.lengths = "ragged";
@@ -126,8 +129,7 @@ void add_many_ends(std::vector<Row>& rows) {
   std::int64_t const total = std::accumulate(lengths.begin(), lengths.end(), 0L);
   for (std::int64_t const head_dim : {64, 128}) {
     for (std::int64_t const chunk_size : {1, 128}) {
-      std::string const suffix =
-          "_d" + std::to_string(head_dim) + "_c" + std::to_string(chunk_size);
+      std::string const suffix = suffix_of(head_dim, chunk_size);
       Row row = make_row("packed_ends" + suffix, {1, 32, 4, total, total, head_dim},
                          {256, 128, chunk_size}, Gate::kSoftmax);
       row.packed_q = row.packed_k = lengths;
@@ -190,8 +192,7 @@ void add_scales(std::vector<Row>& rows) {
 void add_planted_nan(std::vector<Row>& rows) {
   for (std::int64_t const head_dim : kHeadDims) {
     for (std::int64_t const chunk_size : {1, 128}) {
-      std::string const suffix =
-          "_d" + std::to_string(head_dim) + "_c" + std::to_string(chunk_size);
+      std::string const suffix = suffix_of(head_dim, chunk_size);
       Row row = make_row("nan_head" + suffix, {2, 6, 3, 333, 333, head_dim}, {64, 64, chunk_size},
                          Gate::kSoftmax);
       row.plant_nan = true;

@@ -22,10 +22,11 @@ class Consumer : ConsumerBase<T, kDim, Mode::kAligned> {
   using Base = ConsumerBase<T, kDim, Mode::kAligned>;
   using Base::clear_sums, Base::raise_reference, Base::after_first_scores, Base::collect;
   using Base::flags_, Base::queries_pending_;
+  using Base::half, Base::half_of, Base::row, Base::row_of;
   using Base::kOutRegs;
   using Base::m0_, Base::m1_, Base::l0_, Base::l1_, Base::s0_, Base::s1_, Base::r0_, Base::r1_;
   using Base::p_, Base::smem_, Base::generic_, Base::wg_;
-  using Base::plan, Base::half, Base::row, Base::query_address, Base::end_products;
+  using Base::plan, Base::query_address, Base::end_products;
   using Base::scale_;
   using Base::store_lse, Base::store_row, Base::give_back_queries, Base::O_, Base::P_, Base::Q_;
   using Base::tid, Base::lane, Base::warp, Base::quad, Base::barrier, Base::wait, Base::release;
@@ -341,12 +342,9 @@ class Consumer : ConsumerBase<T, kDim, Mode::kAligned> {
     done_.l0 = l0_, done_.l1 = l1_, done_.m0 = m0_, done_.m1 = m1_;
     done_.i0 = l0_ > 0.f ? __frcp_rn(l0_) : 0.f, done_.i1 = l1_ > 0.f ? __frcp_rn(l1_) : 0.f;
   }
-  __device__ __forceinline__ static int old_row(TilePlan const& old, int wg, int warp, int lane) {
-    return 64 * (wg ^ (old.flags & kSwapHalves ? 1 : 0)) + warp * 16 + (lane >> 2);
-  }
   // Whether this warpgroup's 64 rows all exist, so that the copy engine can store them.
   __device__ __forceinline__ bool stores_whole(TilePlan const& old) const {
-    int const begin = 64 * (wg_ ^ (old.flags & kSwapHalves ? 1 : 0));
+    int const begin = 64 * half_of(old.flags);
     return old.row_begin <= begin && old.row_end >= begin + 64;
   }
   // 16 of the columns, to this warpgroup's part of Q.
@@ -358,7 +356,7 @@ class Consumer : ConsumerBase<T, kDim, Mode::kAligned> {
                         device::pack2<T>(O_[8 * kk + 6] * done_.i1, O_[8 * kk + 7] * done_.i1));
   }
   __device__ __forceinline__ void store(TilePlan const& old, bool whole) {
-    int const r = old_row(old, wg_, warp(), lane());
+    int const r = row_of(old.flags);
     if (p_.lse && quad() == 0) {
       store_lse(old, r, done_.l0, done_.m0);
       store_lse(old, r + 8, done_.l1, done_.m1);
@@ -367,7 +365,7 @@ class Consumer : ConsumerBase<T, kDim, Mode::kAligned> {
       device::fence_async_proxy();
       collect();
       if (tid() == 0) {
-        int const position = old.q_position + 64 * (wg_ ^ (old.flags & kSwapHalves ? 1 : 0));
+        int const position = old.q_position + 64 * half_of(old.flags);
         for (int half = 0; half < kDim / 64; ++half) {
           device::tma_store(&p_.out, smem_ + L::kQ + wg_ * L::kQBytes + half * (64 * 128),
                             half * 64, position, old.q_head, old.batch);

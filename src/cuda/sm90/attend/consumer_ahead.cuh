@@ -25,10 +25,11 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
   using Base = ConsumerBase<T, kDim, kMode>;
   using Base::clear_sums, Base::raise_reference, Base::after_first_scores, Base::collect;
   using Base::flags_, Base::queries_pending_;
+  using Base::half, Base::half_of, Base::row, Base::row_of;
   using Base::kOutRegs;
   using Base::m0_, Base::m1_, Base::l0_, Base::l1_, Base::s0_, Base::s1_, Base::r0_, Base::r1_;
   using Base::p_, Base::smem_, Base::generic_, Base::wg_;
-  using Base::plan, Base::half, Base::row, Base::query_address, Base::end_products;
+  using Base::plan, Base::query_address, Base::end_products;
   using Base::scale_;
   using Base::store_lse, Base::store_row, Base::give_back_queries, Base::O_, Base::P_, Base::Q_;
   using Base::tid, Base::lane, Base::warp, Base::quad, Base::barrier, Base::wait, Base::release;
@@ -44,7 +45,7 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
   // + 14) times the first block's largest, and the sums show whether that sufficed. If not, the
   // scores are still there: find the maximum, rescale, weigh again. Each warp decides for itself.
   // General: the gates need the registers in which the scores would wait for that, so every block's
-  // maximum is found first.
+  // maximum is found first; where one exceeds the reference, that is set kHeadroom above it.
   static constexpr float kHeadroom = 8.f, kSumLimit = 16384.f;
   // Stands for the maximum of a row that has seen no key yet.
   static constexpr float kNoReference = -1e30f;
@@ -434,6 +435,8 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
     window_over_ = test(kFullWindowV, window_fills_ - 1);
     bool const plain = kColumns == Columns::kDiagonal && p_.diagonal_plain;
     if constexpr (kGeneral) {
+      // Expiries and scores of the window slot come with V, whose place is free only after the
+      // output product where that reads it.
       if (!any) {
         device::wgmma_wait<0>();
         release(kEmptyWindowV);
@@ -524,7 +527,7 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
     inverse_[1] = l1_ > 0.f ? reciprocal(l1_) : 0.f;
     whole_ = __shfl_sync(~0u, static_cast<int>(stores_whole(old)), 0);
     if (p_.lse && quad() == 0) {
-      int const r = old_row(old, wg_, warp(), lane());
+      int const r = row_of(old.flags);
       store_lse(old, r, l0_, m0_);
       store_lse(old, r + 8, l1_, m1_);
     }
@@ -534,15 +537,9 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
   }
-  __device__ __forceinline__ static int old_half(TilePlan const& old, int wg) {
-    return wg ^ (old.flags & kSwapHalves ? 1 : 0);
-  }
-  __device__ __forceinline__ static int old_row(TilePlan const& old, int wg, int warp, int lane) {
-    return 64 * old_half(old, wg) + warp * 16 + (lane >> 2);
-  }
   // Whether this warpgroup's 64 rows all exist, so that the copy engine can store them.
   __device__ __forceinline__ bool stores_whole(TilePlan const& old) const {
-    return old.flags & (old_half(old, wg_) ? kUpperWhole : kLowerWhole);
+    return old.flags & (half_of(old.flags) ? kUpperWhole : kLowerWhole);
   }
   // To this warpgroup's part of Q, or to memory where rows are missing.
   __device__ __forceinline__ void stage_output(TilePlan const& old) {
@@ -554,7 +551,7 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
     }
   }
   __device__ __forceinline__ void store_rows(TilePlan const& old) {
-    int const r = old_row(old, wg_, warp(), lane());
+    int const r = row_of(old.flags);
     store_row(old, r, 0, inverse_[0]);
     store_row(old, r + 8, 2, inverse_[1]);
   }
@@ -570,7 +567,7 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
     device::fence_async_proxy();
     collect();
     if (whole_ && tid() == 0) {
-      int const position = old.q_position + 64 * old_half(old, wg_);
+      int const position = old.q_position + 64 * half_of(old.flags);
       for (int half = 0; half < kDim / 64; ++half) {
         device::tma_store(&p_.out, smem_ + L::kQ + wg_ * L::kQBytes + half * (64 * 128), half * 64,
                           position, old.q_head, old.batch);

@@ -1,5 +1,5 @@
-// What the consumer warpgroups of both kernels share, the plain one and the one that works ahead: who
-// a thread is, places in shared memory, barriers, the state of 64 query rows, and their way out.
+// What the consumer warpgroups of both kernels share, the plain one and the one that works ahead: the
+// state of 64 query rows, and their way out.
 //
 // NOTE: counters that only the derived classes use stand there: where they lie decides how the
 // compiler schedules the general mode.
@@ -7,47 +7,26 @@
 #include "cuda/device/hopper.cuh"
 #include "cuda/device/mma_sync.cuh"
 #include "cuda/sm90/attend/config.hpp"
+#include "cuda/sm90/attend/consumer_thread.cuh"
 
 namespace sparsek::cuda::sm90 {
 
 template <typename T, int kDim, Mode kMode>
-class ConsumerBase {
+class ConsumerBase : protected TileConsumer<Params, Layout<kDim, kMode>> {
+  using Base = TileConsumer<Params, Layout<kDim, kMode>>;
+
  protected:
   using L = Layout<kDim, kMode>;
   static constexpr int kOutRegs = kDim / 2;  // accumulators of the output
 
-  __device__ __forceinline__ ConsumerBase(Params const& p, std::uint32_t smem, char* generic,
-                                          int wg)
-      : p_(p), smem_(smem), generic_(generic), wg_(wg), scale_(p.scale_log2) {}
+  using Base::Base;
+  using Base::generic_, Base::p_, Base::scale_, Base::smem_, Base::wg_;
+  using Base::half_of, Base::plan, Base::query_address, Base::release, Base::row_of;
+  using Base::tid, Base::lane, Base::warp, Base::quad, Base::barrier, Base::wait;
 
-  __device__ __forceinline__ int tid() const { return threadIdx.x & 127; }
-  __device__ __forceinline__ int lane() const { return threadIdx.x & 31; }
-  __device__ __forceinline__ int warp() const { return (threadIdx.x & 127) >> 5; }
-  __device__ __forceinline__ int quad() const { return threadIdx.x & 3; }
-  __device__ __forceinline__ std::uint32_t barrier(int i) const {
-    return smem_ + L::kBarriers + i * 8;
-  }
-  __device__ __forceinline__ void wait(int i, std::uint32_t parity) const {
-    device::mbarrier_wait(barrier(i), parity & 1);
-  }
-  __device__ __forceinline__ void release(int i) const {
-    __syncwarp();  // the other lanes have read, too
-    if (lane() == 0) device::mbarrier_arrive(barrier(i));
-  }
-  __device__ __forceinline__ TilePlan const& plan(int tile_count) const {
-    return reinterpret_cast<TilePlan const*>(generic_ + L::kPlans)[tile_count & 1];
-  }
-  // Which 64 rows of the tile: rows 64 * half() + ...
-  __device__ __forceinline__ int half() const { return wg_ ^ (flags_ & kSwapHalves ? 1 : 0); }
+  __device__ __forceinline__ int half() const { return half_of(flags_); }
   // This thread's rows of the tile are row() and row() + 8.
-  __device__ __forceinline__ int row() const { return 64 * half() + warp() * 16 + (lane() >> 2); }
-  // Address of this lane's row in this warpgroup's part of Q; 16-column step kk.
-  __device__ __forceinline__ std::uint32_t query_address(int kk) const {
-    int const r = warp() * 16 + (lane() & 15);
-    std::uint32_t const chunk = (lane() >> 4) ^ (lane() & 7);
-    return smem_ + L::kQ + wg_ * L::kQBytes + r * 128 + ((chunk ^ (2 * kk & 7)) << 4) +
-           (kk >> 2) * (64 * 128);
-  }
+  __device__ __forceinline__ int row() const { return row_of(flags_); }
 
   __device__ __forceinline__ void end_products() { device::named_barrier_arrive(2 - wg_, 256); }
   __device__ __forceinline__ void clear_sums() { s0_ = s1_ = r0_ = r1_ = 0.f; }
@@ -101,12 +80,6 @@ class ConsumerBase {
       device::mbarrier_arrive(barrier(kEmptyQ + wg_));
     }
   }
-
-  Params const& p_;
-  std::uint32_t const smem_;
-  char* const generic_;
-  int const wg_;
-  float const scale_;
 
   float O_[kOutRegs];          // output
   std::uint32_t P_[32];        // weights, the next product's A operand

@@ -9,6 +9,7 @@
 #include "cuda/device/mma_sync.cuh"
 #include "cuda/device/wgmma.cuh"
 #include "cuda/device/wgmma_shared.cuh"
+#include "cuda/sm90/attend/consumer_thread.cuh"
 #include "cuda/sm90/attend_backward/config.hpp"
 #include "cuda/sm90/attend_backward/key_schedule.cuh"
 
@@ -16,8 +17,11 @@ namespace sparsek::cuda::sm90::backward {
 
 // kSlots: the slot form, else the window form.
 template <typename T, int kDim, Mode kMode, bool kValueGate, bool kSlots>
-class KeyConsumer {
+class KeyConsumer : ConsumerThread<BackwardParams, KeyLayout<kDim, kMode>> {
   using L = KeyLayout<kDim, kMode>;
+  using Base = ConsumerThread<BackwardParams, L>;
+  using Base::generic_, Base::p_, Base::scale_, Base::smem_, Base::wg_;
+  using Base::tid, Base::lane, Base::warp, Base::quad, Base::barrier, Base::wait;
   static constexpr int kK16 = kDim / 16;     // 16-column steps of S and dP
   static constexpr int kOutRegs = kDim / 2;  // accumulators of dK, and of dV
   static constexpr bool kGeneral = kMode == Mode::kGeneral;
@@ -25,7 +29,7 @@ class KeyConsumer {
  public:
   __device__ __forceinline__ KeyConsumer(BackwardParams const& p, std::uint32_t smem, char* generic,
                                          int wg)
-      : p_(p), smem_(smem), generic_(generic), wg_(wg), scale_(p.scale_log2) {
+      : Base(p, smem, generic, wg) {
     desc_row_ = device::matrix_descriptor(smem, 16, 1024);
     desc_column_ = device::matrix_descriptor(smem, L::kPieceHalfBytes, 1024);
 #pragma unroll
@@ -103,18 +107,6 @@ class KeyConsumer {
   }
 
  private:
-  // --- small things ------------------------------------------------------------------------------
-  __device__ __forceinline__ int tid() const { return threadIdx.x & 127; }
-  __device__ __forceinline__ int lane() const { return threadIdx.x & 31; }
-  __device__ __forceinline__ int warp() const { return (threadIdx.x & 127) >> 5; }
-  __device__ __forceinline__ int quad() const { return threadIdx.x & 3; }
-  __device__ __forceinline__ std::uint32_t barrier(int i) const {
-    return smem_ + L::kBarriers + i * 8;
-  }
-  __device__ __forceinline__ void wait(int i, int phase) const {
-    device::mbarrier_wait(barrier(i), phase & 1);
-  }
-
   // --- a step ------------------------------------------------------------------------------------
   // S^T or dP^T: 64 rows of K or V times 64 rows of Q or dO.
   __device__ __forceinline__ void multiply_rows(float (&X)[32], int rows, int piece) const {
@@ -552,11 +544,6 @@ class KeyConsumer {
     }
   }
 
-  BackwardParams const& p_;
-  std::uint32_t const smem_;
-  char* const generic_;
-  int const wg_;
-  float const scale_;
   std::uint64_t desc_row_, desc_column_;
 
   float dK_[kOutRegs], dV_[kOutRegs];

@@ -10,6 +10,7 @@
 #include "cuda/device/mma_sync.cuh"
 #include "cuda/device/wgmma.cuh"
 #include "cuda/device/wgmma_shared.cuh"
+#include "cuda/sm90/attend/consumer_thread.cuh"
 #include "cuda/sm90/attend_backward/config.hpp"
 
 namespace sparsek::cuda::sm90::backward {
@@ -19,8 +20,12 @@ enum QueryBarrier : int { kFullGradient = kNumBarriers };
 static_assert(kFullGradient + 2 <= 16);
 
 template <typename T, int kDim, Mode kMode, bool kValueGate>
-class QueryConsumer {
+class QueryConsumer : TileConsumer<BackwardParams, Layout<kDim, kMode>> {
   using L = Layout<kDim, kMode>;
+  using Base = TileConsumer<BackwardParams, L>;
+  using Base::generic_, Base::p_, Base::scale_, Base::smem_, Base::wg_;
+  using Base::half_of, Base::plan, Base::query_address, Base::release, Base::row_of;
+  using Base::tid, Base::lane, Base::warp, Base::quad, Base::barrier, Base::wait;
   static constexpr int kK16 = kDim / 16;            // 16-column steps of S and dP
   static constexpr int kOutRegs = kDim / 2;         // accumulators of dQ
   static constexpr int kPieceBytes = kPiece * 128;  // 64 rows of one column half
@@ -29,7 +34,7 @@ class QueryConsumer {
  public:
   __device__ __forceinline__ QueryConsumer(BackwardParams const& p, std::uint32_t smem,
                                            char* generic, int wg)
-      : p_(p), smem_(smem), generic_(generic), wg_(wg), scale_(p.scale_log2) {
+      : Base(p, smem, generic, wg) {
     desc_row_ = device::matrix_descriptor(smem, 16, 1024);
     desc_column_ = device::matrix_descriptor(smem, L::kHalfBytes, 1024);
   }
@@ -49,44 +54,16 @@ class QueryConsumer {
   }
 
  private:
-  // --- small things ------------------------------------------------------------------------------
-  __device__ __forceinline__ int tid() const { return threadIdx.x & 127; }
-  __device__ __forceinline__ int lane() const { return threadIdx.x & 31; }
-  __device__ __forceinline__ int warp() const { return (threadIdx.x & 127) >> 5; }
-  __device__ __forceinline__ int quad() const { return threadIdx.x & 3; }
-  __device__ __forceinline__ std::uint32_t barrier(int i) const {
-    return smem_ + L::kBarriers + i * 8;
-  }
-  __device__ __forceinline__ void wait(int i, std::uint32_t parity) const {
-    device::mbarrier_wait(barrier(i), parity & 1);
-  }
-  __device__ __forceinline__ void release(int i) const {
-    __syncwarp();  // the other lanes have read, too
-    if (lane() == 0) device::mbarrier_arrive(barrier(i));
-  }
-  __device__ __forceinline__ TilePlan const& plan(int tile_count) const {
-    return reinterpret_cast<TilePlan const*>(generic_ + L::kPlans)[tile_count & 1];
-  }
-  __device__ __forceinline__ int half_of(int flags) const {
-    return wg_ ^ (flags & kSwapHalves ? 1 : 0);
-  }
   __device__ __forceinline__ int half() const { return half_of(flags_); }
   // This thread's rows of the tile are row() and row() + 8.
-  __device__ __forceinline__ int row() const { return 64 * half() + warp() * 16 + (lane() >> 2); }
-  // Address of this lane's row in this warpgroup's buffer; 16-column step kk.
-  __device__ __forceinline__ std::uint32_t buffer_address(int kk) const {
-    int const r = warp() * 16 + (lane() & 15);
-    std::uint32_t const chunk = (lane() >> 4) ^ (lane() & 7);
-    return smem_ + L::kQ + wg_ * L::kQBytes + r * 128 + ((chunk ^ (2 * kk & 7)) << 4) +
-           (kk >> 2) * kPieceBytes;
-  }
+  __device__ __forceinline__ int row() const { return row_of(flags_); }
 
   // --- the buffer --------------------------------------------------------------------------------
   __device__ __forceinline__ void take(std::uint32_t (&A)[kDim / 4]) const {
     std::uint32_t r[4];
 #pragma unroll
     for (int kk = 0; kk < kK16; ++kk) {
-      device::ldmatrix_x4(r, buffer_address(kk));
+      device::ldmatrix_x4(r, query_address(kk));
       A[4 * kk] = r[0], A[4 * kk + 1] = r[1], A[4 * kk + 2] = r[2], A[4 * kk + 3] = r[3];
     }
   }
@@ -191,7 +168,7 @@ class QueryConsumer {
 #pragma unroll
     for (int kk = 0; kk < kK16; ++kk) {
       std::uint32_t o[4];
-      device::ldmatrix_x4(o, buffer_address(kk));
+      device::ldmatrix_x4(o, query_address(kk));
       delta_[0] = dot(o[0], dO_[4 * kk], dot(o[2], dO_[4 * kk + 2], delta_[0]));
       delta_[1] = dot(o[1], dO_[4 * kk + 1], dot(o[3], dO_[4 * kk + 3], delta_[1]));
     }
@@ -475,11 +452,6 @@ class QueryConsumer {
   static constexpr int kNoPool = -(1 << 30);  // no key has a gate
   static constexpr int kSlotColumn = -(1 << 29);
 
-  BackwardParams const& p_;
-  std::uint32_t const smem_;
-  char* const generic_;
-  int const wg_;
-  float const scale_;
   std::uint64_t desc_row_, desc_column_;
 
   float dQ_[kOutRegs];
