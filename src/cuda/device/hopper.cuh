@@ -18,6 +18,15 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 __device__ __forceinline__ void mbarrier_arrive(std::uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+__device__ __forceinline__ void mbarrier_arrive(std::uint32_t barrier, std::uint32_t count) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count)
+               : "memory");
+}
+// Lets the phase also wait for `bytes` of bulk copies.
+__device__ __forceinline__ void mbarrier_expect(std::uint32_t barrier, std::uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
 // Arrives, and lets the phase also wait for `bytes` of bulk copies.
 __device__ __forceinline__ void mbarrier_arrive_expect(std::uint32_t barrier, std::uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
@@ -42,6 +51,15 @@ __device__ __forceinline__ void tma_load(std::uint32_t destination, CUtensorMap 
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(destination),
       "l"(map), "r"(barrier), "r"(column), "r"(position), "r"(head), "r"(batch)
+      : "memory");
+}
+// The same of `bytes` contiguous bytes; addresses and size are multiples of 16.
+__device__ __forceinline__ void bulk_load(std::uint32_t destination, void const* source,
+                                          std::uint32_t bytes, std::uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(destination),
+      "l"(source), "r"(bytes), "r"(barrier)
       : "memory");
 }
 // Brings a box to L2; a hint.
@@ -123,6 +141,13 @@ __device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t address
   return static_cast<std::uint64_t>((address & 0x3ffff) >> 4) |
          static_cast<std::uint64_t>(lead >> 4) << 16 |
          static_cast<std::uint64_t>(stride >> 4) << 32 | 1ull << 62;
+}
+
+// The same from a place counted in units of 16 bytes: one addition of 32 bits, and a constant.
+template <int kLead, int kStride>
+__device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t place) {
+  return (static_cast<std::uint64_t>(kStride >> 4) << 32 | 1ull << 62) |
+         (place + (static_cast<std::uint32_t>(kLead >> 4) << 16));
 }
 
 // --- shared-memory loads that stay where they are written ----------------------------------------

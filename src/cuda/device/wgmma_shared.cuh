@@ -58,30 +58,47 @@ SPARSEK_WGMMA_SHARED(__half, "f16.f16")
 SPARSEK_WGMMA_SHARED(__nv_bfloat16, "bf16.bf16")
 #undef SPARSEK_WGMMA_SHARED
 
-// Adds eight 16-bit values to global memory, element by element; each addition rounds once.
+// D[64 x 8] += A[64 x 16] B[16 x 8], A in registers, B in shared memory.
 template <typename T>
-__device__ __forceinline__ void add_8(void* destination, uint4 x);
+struct Wgmma8;
+#define SPARSEK_WGMMA_8(T, TYPES)                                                                  \
+  template <>                                                                                      \
+  struct Wgmma8<T> {                                                                               \
+    static __device__ __forceinline__ void next(float (&d)[4], std::uint32_t a0, std::uint32_t a1, \
+                                                std::uint32_t a2, std::uint32_t a3,                \
+                                                std::uint64_t b) {                                 \
+      asm volatile(                                                                                \
+          "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                               \
+          "wgmma.mma_async.sync.aligned.m64n8k16.f32." TYPES                                       \
+          " {%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, p, 1, 1, 0;\n}\n"                              \
+          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                         \
+          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));                                           \
+    }                                                                                              \
+  };
+SPARSEK_WGMMA_8(__half, "f16.f16")
+SPARSEK_WGMMA_8(__nv_bfloat16, "bf16.bf16")
+#undef SPARSEK_WGMMA_8
+
+// Adds two 16-bit values to global memory where `adds`, element by element; each addition rounds
+// once.
+template <typename T>
+__device__ __forceinline__ void add_2(void* destination, std::uint32_t x, bool adds);
 template <>
-__device__ __forceinline__ void add_8<__half>(void* destination, uint4 x) {
+__device__ __forceinline__ void add_2<__half>(void* destination, std::uint32_t x, bool adds) {
   asm volatile(
-      "red.relaxed.gpu.global.add.noftz.v4.f16x2 [%0], {%1, %2, %3, %4};" ::"l"(destination),
-      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n"
+      "@p red.relaxed.gpu.global.add.noftz.f16x2 [%0], %1;\n}\n" ::"l"(destination),
+      "r"(x), "r"(static_cast<int>(adds))
       : "memory");
 }
 template <>
-__device__ __forceinline__ void add_8<__nv_bfloat16>(void* destination, uint4 x) {
+__device__ __forceinline__ void add_2<__nv_bfloat16>(void* destination, std::uint32_t x,
+                                                     bool adds) {
   asm volatile(
-      "red.relaxed.gpu.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};" ::"l"(destination),
-      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n"
+      "@p red.relaxed.gpu.global.add.noftz.bf16x2 [%0], %1;\n}\n" ::"l"(destination),
+      "r"(x), "r"(static_cast<int>(adds))
       : "memory");
-}
-__device__ __forceinline__ uint4 load_shared_uint4(std::uint32_t address) {
-  uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(address)
-               : "memory");
-  return x;
 }
 
 // Two packed values as floats.

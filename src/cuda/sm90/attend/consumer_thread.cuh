@@ -26,6 +26,10 @@ class ConsumerThread {
   __device__ __forceinline__ void wait(int i, std::uint32_t phase) const {
     device::mbarrier_wait(barrier(i), phase & 1);
   }
+  __device__ __forceinline__ void release(int i) const {
+    __syncwarp();  // the other lanes have read, too
+    if (lane() == 0) device::mbarrier_arrive(barrier(i));
+  }
 
   KernelParams const& p_;
   std::uint32_t const smem_;
@@ -43,10 +47,6 @@ class TileConsumer : protected ConsumerThread<KernelParams, L> {
   using Base::Base;
   using Base::lane, Base::warp, Base::barrier, Base::smem_, Base::generic_, Base::wg_;
 
-  __device__ __forceinline__ void release(int i) const {
-    __syncwarp();  // the other lanes have read, too
-    if (lane() == 0) device::mbarrier_arrive(barrier(i));
-  }
   __device__ __forceinline__ TilePlan const& plan(int tile_count) const {
     return reinterpret_cast<TilePlan const*>(generic_ + L::kPlans)[tile_count & 1];
   }

@@ -74,7 +74,8 @@ struct Buffers {
     AttendProblem const& f = p.forward;
     // Always: whether there are lengths is not known where only shapes are.
     cost_prefix = carver.take<std::int64_t>(f.batch + 1);
-    std::int64_t const rows = (f.cu_seqlens_k ? 1 : f.batch) * f.num_q_heads * f.seq_len_q;
+    std::int64_t const rows =
+        (f.cu_seqlens_k ? 1 : f.batch) * f.num_q_heads * backward::row_array_stride(f.seq_len_q);
     row_data = carver.take<float>(rows * backward::all_row_arrays(mode_of(f)));
     std::int64_t const blocks = num_slot_blocks(f);
     gate_partials = carver.take<float>(f.num_kv_heads * num_key_tiles(f) * blocks * 8);
@@ -122,7 +123,7 @@ BackwardParams make_params(AttendBackwardProblem const& p, Buffers const& buffer
   Mode const mode = mode_of(f);
   int const arrays = backward::all_row_arrays(mode);
   r.row_data = buffers.row_data;
-  r.stride_row_array = f.seq_len_q;
+  r.stride_row_array = backward::row_array_stride(f.seq_len_q);
   r.stride_row_head = arrays * r.stride_row_array;
   r.stride_row_batch = f.num_q_heads * r.stride_row_head;
   r.gate_partials = buffers.gate_partials;

@@ -17,13 +17,17 @@ inline constexpr int kPiece = 64;  // queries that pass by the resident keys at 
 // What the query kernel leaves for the key kernels, float32 or int32 per query.
 enum RowArray : int {
   kRowLse = 0,      // log2 of the normaliser; +inf where a row sees no key
-  kRowDelta,        // dout . out
+  kRowShift,        // -delta = -(dout . out)
   kRowThreshold,    // general mode: of the query's chunk
   kRowPoolEnd,      // general mode: int32, keys before it have gates
   kRowGateGradient  // general mode, for the sums over chunks only
 };
 constexpr int row_arrays(Mode mode) { return mode == Mode::kAligned ? 2 : 4; }  // the keys need
 constexpr int all_row_arrays(Mode mode) { return mode == Mode::kAligned ? 2 : 5; }
+// From array to array: multiples of 16 bytes, so that bulk copies can fetch them.
+constexpr std::int64_t row_array_stride(std::int64_t num_queries) {
+  return (num_queries + 3) / 4 * 4;
+}
 
 struct BackwardParams : Params {
   CUtensorMap dout;    // boxes of 64 rows; `out` is an input here
@@ -67,13 +71,18 @@ struct RegisterBudget {
   static_assert(2 * kConsumer + kProducer <= 3 * 168);
 };
 using QueryRegisters = RegisterBudget<232, 40>;
-// NOTE: one warp of the window kernel's producer does all there is to do, so its consumers can have
-// more: in aligned mode enough to compute the next scores behind dk. The slot kernel's producer is
-// busy all the time and must not spill.
-template <Mode kMode>
-using WindowRegisters =
-    RegisterBudget<kMode == Mode::kAligned ? 240 : 232, kMode == Mode::kAligned ? 24 : 40>;
+using WindowRegisters = RegisterBudget<232, 40>;
+// NOTE: the slot kernel's producer is busy all the time and must not spill.
 using SlotRegisters = RegisterBudget<224, 56>;
+
+enum KeyBarrier : int {
+  kFullPiece = 0,   // up to three stages
+  kEmptyPiece = 3,  // likewise
+  kFullKeys = 6,    // two buffers
+  kEmptyKeys = 8,   // likewise
+  kReadSlots = 10,  // the consumers have read the slots' data
+  kNumKeyBarriers
+};
 
 // Shared memory of the key kernels, bytes from a base aligned to 1024.
 template <int kDim, Mode kMode>
@@ -98,21 +107,15 @@ struct KeyLayout {
   static constexpr int kSlotExpiry = kSlotKeys + (kMode == Mode::kGeneral ? kTile * 4 : 0);
   static constexpr int kQueue = kSlotExpiry + (kMode == Mode::kGeneral ? kTile * 2 : 0);
   static constexpr int kCounts = kQueue + kTile;
-  static constexpr int kBarriers = kCounts + 32;
-  static constexpr int kBytes = kBarriers + 12 * 8;
+  // Slot kernel, aligned mode: 16 x 8 ones.
+  static constexpr int kOnes = kCounts + 32;
+  static constexpr int kBarriers = kOnes + (kMode == Mode::kAligned ? 256 : 0);
+  static constexpr int kBytes = kBarriers + kNumKeyBarriers * 8;
   static_assert(kBytes <= 232448, "shared memory of a block on Hopper");
-  static_assert(kPieces % 1024 == 0 && kRows % 128 == 0 && kBarriers % 8 == 0);
+  static_assert(kPieces % 1024 == 0 && kRows % 128 == 0 && kOnes % 16 == 0 && kBarriers % 8 == 0);
 };
 
 // Instead of the key that leaves a slot: nobody does; one that a segment has inherited.
 inline constexpr int kNobody = -1, kInherited = -2;
-
-enum KeyBarrier : int {
-  kFullPiece = 0,   // up to three stages
-  kEmptyPiece = 3,  // likewise
-  kFullKeys = 6,    // two buffers
-  kEmptyKeys = 8,   // likewise
-  kReadSlots = 10,  // the consumers have read the slots' data
-};
 
 }  // namespace sparsek::cuda::sm90::backward

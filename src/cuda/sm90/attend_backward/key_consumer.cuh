@@ -21,27 +21,27 @@ class KeyConsumer : ConsumerThread<BackwardParams, KeyLayout<kDim, kMode>> {
   using L = KeyLayout<kDim, kMode>;
   using Base = ConsumerThread<BackwardParams, L>;
   using Base::generic_, Base::p_, Base::scale_, Base::smem_, Base::wg_;
-  using Base::tid, Base::lane, Base::warp, Base::quad, Base::barrier, Base::wait;
+  using Base::tid, Base::lane, Base::warp, Base::quad, Base::barrier, Base::release, Base::wait;
   static constexpr int kK16 = kDim / 16;     // 16-column steps of S and dP
   static constexpr int kOutRegs = kDim / 2;  // accumulators of dK, and of dV
   static constexpr bool kGeneral = kMode == Mode::kGeneral;
+  static constexpr bool kSumsGates = kSlots && !kGeneral;
+  static constexpr bool kShifted = !kGeneral;  // the product dP^T starts at -delta
 
  public:
   __device__ __forceinline__ KeyConsumer(BackwardParams const& p, std::uint32_t smem, char* generic,
                                          int wg)
       : Base(p, smem, generic, wg) {
-    desc_row_ = device::matrix_descriptor(smem, 16, 1024);
-    desc_column_ = device::matrix_descriptor(smem, L::kPieceHalfBytes, 1024);
 #pragma unroll
     for (int i = 0; i < kOutRegs; ++i) dK_[i] = dV_[i] = 0.f;
   }
 
   // --- window form: one key tile after another, with the queries of its own and the next tile ----
-  __device__ __forceinline__ void run_window(int num_items) {
+  __device__ __forceinline__ void run_window() {
     int fills = 0;
-    for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
-      KeyTile keys;
-      keys.set(p_, item);
+    KeyTileCursor cursor;
+    for (cursor.start(p_); !cursor.done(p_); cursor.advance()) {
+      KeyTile const keys = cursor.tile(p_);
       if (!keys.exists) continue;
       // NOTE: broadcast, so that the compiler knows that the branches on them are uniform; else it
       // serialises the products.
@@ -55,7 +55,7 @@ class KeyConsumer : ConsumerThread<BackwardParams, KeyLayout<kDim, kMode>> {
       wait(kFullKeys + buffer, fills / 2);
       set_keys(keys, half);
       Walk walk{keys.head, begin, end, keys.tile, half};
-      run_pieces<!kGeneral>(walk, buffer * L::kBufferBytes, half * kPiece);
+      run_pieces(walk, buffer * L::kBufferBytes, half * kPiece);
       store_tile(keys, buffer, half);
       ++fills;
     }
@@ -66,57 +66,48 @@ class KeyConsumer : ConsumerThread<BackwardParams, KeyLayout<kDim, kMode>> {
   __device__ __forceinline__ void run_slots(SlotRange const& range) {
     int const first = __shfl_sync(~0u, range.first, 0), end = __shfl_sync(~0u, range.end, 0);
     int const slot = wg_ * kPiece + warp() * 16 + (lane() >> 2);
-    bool alive[2] = {false, false};
     for (int t = first; t <= end; ++t) {
       int const n = t - first, buffer = n & 1;
       wait(kFullKeys + buffer, n / 2);
       int leaving[2];
-      bool any = false;
+      bool cleared[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float2 const x = reinterpret_cast<float2 const*>(generic_ + L::kSlotData)[slot + 8 * r];
         leaving[r] = __float_as_int(x.x);
-        any |= leaving[r] != kNobody;
+        // NOTE: a slot without a key has the row of a key that left, and 0 times what lies there may
+        // be NaN.
+        cleared[r] = leaving[r] != kNobody || !alive_[r];
         read_slot(x.y, slot + 8 * r, r, t);
       }
-      __syncwarp();
-      if (lane() == 0) device::mbarrier_arrive(barrier(kReadSlots));
-      if (n > 0) {
-        device::named_barrier_sync(3 + wg_, 128);  // the tile before is done with its rows
-        if (p_.gate_gradients && __any_sync(~0u, any)) flush_scores(range, leaving, slot);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          if (leaving[r] == kInherited) store_inherited(range, slot + 8 * r, r);
-          if (leaving[r] >= 0) stage_row(buffer ^ 1, slot + 8 * r, r);
-          // NOTE: an empty slot's rows may hold anything, so its sums may be NaN.
-          if (leaving[r] != kNobody || !alive[r]) clear_row(r);
-        }
-        device::fence_async_proxy();
-        __syncwarp();
-        if (lane() == 0) device::mbarrier_arrive(barrier(kEmptyKeys + (buffer ^ 1)));
-      }
-#pragma unroll
-      for (int r = 0; r < 2; ++r) alive[r] = is_alive(r);
+      release(kReadSlots);
+      if (n > 0) finish_keys(range, slot, leaving, cleared);
       if (t == end) break;
-      if (!__shfl_sync(~0u, range.uses(t), 0)) continue;
-      tile_gradient_ = 0.f;
-      Walk walk{range.head, t, t + 1, -1, 0};
-      run_pieces<false>(walk, buffer * L::kBufferBytes, wg_ * kPiece);
-      if (!kGeneral && p_.gate_gradients) store_tile_gradient(range, t);
+      if (__shfl_sync(~0u, range.uses(t), 0)) {
+        Walk walk{range.head, t, t + 1, -1, 0};
+        run_pieces(walk, buffer * L::kBufferBytes, wg_ * kPiece);
+        release(kEmptyKeys + buffer);
+        if (kSumsGates && p_.gate_gradients) finish_sums(range, t);
+      } else {
+        release(kEmptyKeys + buffer);
+      }
     }
   }
 
  private:
   // --- a step ------------------------------------------------------------------------------------
-  // S^T or dP^T: 64 rows of K or V times 64 rows of Q or dO.
-  __device__ __forceinline__ void multiply_rows(float (&X)[32], int rows, int piece) const {
+  // S^T or dP^T: 64 rows of K or V times 64 rows of Q or dO, kAdd: added to what is there.
+  template <bool kAdd>
+  __device__ __forceinline__ static void multiply_rows(float (&X)[32], std::uint32_t rows,
+                                                       std::uint32_t piece) {
     using Mma = device::WgmmaShared64<T>;
 #pragma unroll
     for (int kk = 0; kk < kK16; ++kk) {
-      std::uint64_t const a = desc_row_ + ((rows + (kk >> 2) * L::kHalfBytes + (kk & 3) * 32) >> 4);
-      std::uint64_t const b =
-          desc_row_ + ((piece + (kk >> 2) * L::kPieceHalfBytes + (kk & 3) * 32) >> 4);
-      if (kk == 0)
+      int const a_step = (kk >> 2) * L::kHalfBytes + (kk & 3) * 32;
+      int const b_step = (kk >> 2) * L::kPieceHalfBytes + (kk & 3) * 32;
+      std::uint64_t const a = device::matrix_descriptor<16, 1024>(rows + a_step / 16);
+      std::uint64_t const b = device::matrix_descriptor<16, 1024>(piece + b_step / 16);
+      if (kk == 0 && !kAdd)
         Mma::first(X, a, b);
       else
         Mma::next(X, a, b);
@@ -124,15 +115,26 @@ class KeyConsumer : ConsumerThread<BackwardParams, KeyLayout<kDim, kMode>> {
     device::wgmma_commit();
   }
   // dV or dK += A times a piece of dO or Q.
-  __device__ __forceinline__ void accumulate(float (&sum)[kOutRegs], std::uint32_t (&A)[16],
-                                             int piece) const {
+  __device__ __forceinline__ static void accumulate(float (&sum)[kOutRegs], std::uint32_t (&A)[16],
+                                                    std::uint32_t piece) {
     using Mma = device::Wgmma<T, kOutRegs, device::BLayout::kNMajor>;
 #pragma unroll
     for (int kk = 0; kk < kPiece / 16; ++kk) {
       Mma::next(sum, A[4 * kk], A[4 * kk + 1], A[4 * kk + 2], A[4 * kk + 3],
-                desc_column_ + ((piece + kk * 2048) >> 4), 1);
+                device::matrix_descriptor<L::kPieceHalfBytes, 1024>(piece + kk * 128), 1);
     }
     device::wgmma_commit();
+  }
+  // NOTE: products take descriptors from uniform registers. So places in shared memory are counted
+  // in units of 16 bytes and broadcast once a step; a descriptor is then one addition of 32 bits.
+  // Worked out in 64 bits from bytes in ordinary registers, descriptors were 40 % of a step's
+  // instructions.
+  __device__ __forceinline__ std::uint32_t place(int offset) const {
+    return __shfl_sync(~0u, (smem_ + offset) >> 4, 0);
+  }
+  // 16 x 8 ones, not swizzled: two parts of 8 x 8, 128 bytes each.
+  __device__ __forceinline__ std::uint64_t descriptor_of_ones() const {
+    return std::uint64_t{128 >> 4} << 32 | (place(L::kOnes) + (128 >> 4 << 16));
   }
 
   // The pieces that pass by the keys: tiles begin ... end - 1, query heads, halves.
@@ -140,7 +142,8 @@ class KeyConsumer : ConsumerThread<BackwardParams, KeyLayout<kDim, kMode>> {
     KeyHead const& head;
     int t, end;
     int diagonal, half;  // the keys' own tile, or -1, and this warpgroup's half of it
-    int g = 0, piece = 0;
+    int halves = 0;      // bits of those of this tile and query head that are still to come
+    int g = 0;
   };
   struct Piece {
     std::uint32_t stage, phase;
@@ -151,13 +154,18 @@ class KeyConsumer : ConsumerThread<BackwardParams, KeyLayout<kDim, kMode>> {
   // not.
   __device__ __forceinline__ bool next_piece(Walk& w, Piece& piece) {
     while (w.t < w.end) {
-      int const t = w.t, half = w.piece;
-      if (++w.piece == 2) {
-        w.piece = 0;
-        if (++w.g == p_.group) w.g = 0, ++w.t;
+      int const t = w.t;
+      if (w.halves == 0) {
+        // NOTE: broadcast, see above.
+        w.halves = __shfl_sync(~0u, w.head.has_piece(t, 0) | w.head.has_piece(t, 1) << 1, 0);
+        if (w.halves == 0) {
+          ++w.t;
+          continue;
+        }
       }
-      // NOTE: broadcast, see above.
-      if (!__shfl_sync(~0u, w.head.has_piece(t, half), 0)) continue;
+      int const half = w.halves == 2;
+      w.halves &= ~(1 << half);
+      if (w.halves == 0 && ++w.g == p_.group) w.g = 0, ++w.t;
       piece = {stage_, phase_, t, half, t == w.diagonal && half == w.half};
       if (++stage_ == L::kStages) stage_ = 0, phase_ ^= 1;
       if (t != w.diagonal || half >= w.half) return true;
@@ -170,49 +178,40 @@ class KeyConsumer : ConsumerThread<BackwardParams, KeyLayout<kDim, kMode>> {
     wait(kFullPiece + piece.stage, piece.phase);
   }
   __device__ __forceinline__ void release_piece(Piece const& piece) const {
-    if (lane() == 0) device::mbarrier_arrive(barrier(kEmptyPiece + piece.stage));
+    release(kEmptyPiece + piece.stage);
   }
 
-  // `buffer`: of K and V, bytes; `keys`: its first row of this warpgroup. kPairs: pieces go by two,
-  // and the scores of the second are computed behind dK of the first.
-  template <bool kPairs>
+  // `buffer`: of K and V, bytes; `keys`: its first row of this warpgroup.
   __device__ __forceinline__ void run_pieces(Walk& walk, int buffer, int keys) {
-    int const k = buffer + keys * 128;
-    Piece first, second;
-    while (next_piece(walk, first)) {
-      bool const pair = kPairs && next_piece(walk, second);
-      float S[32];
-      wait_piece(first);
-      device::pin(dK_), device::pin(dV_);
-      device::wgmma_fence();
-      multiply_rows(S, k, piece_base(first.stage));
-      if (pair) {
-        float S2[32];
-        step<1>(S, k, first, [&] {
-          wait_piece(second);
-          device::wgmma_fence();
-          multiply_rows(S2, k, piece_base(second.stage));
-        });
-        release_piece(first);
-        finish_store();
-        step<0>(S2, k, second, [] {});
-        release_piece(second);
-      } else {
-        step<0>(S, k, first, [] {});
-        release_piece(first);
-        finish_store();
-      }
+    std::uint32_t const k = place(buffer + keys * 128);
+    std::uint64_t const ones = kSumsGates ? descriptor_of_ones() : 0;
+    Piece piece;
+    while (next_piece(walk, piece)) {
+      std::uint32_t const q = place(piece_base(piece.stage));
+      wait_piece(piece);
+      step(k, q, piece, ones);
+      release_piece(piece);
+      finish_store();
     }
   }
-  // The scores are being computed. `behind` issues kPending more groups behind dK.
-  template <int kPending, typename Behind>
-  __device__ __forceinline__ void step(float (&S)[32], int k, Piece const& piece, Behind&& behind) {
-    int const q = piece_base(piece.stage), dout = q + L::kPieceBytes;
+  // k, q: where K of this warpgroup and Q of the piece lie, see place().
+  __device__ __forceinline__ void step(std::uint32_t k, std::uint32_t q, Piece const& piece,
+                                       std::uint64_t ones) {
+    std::uint32_t const dout = q + L::kPieceBytes / 16;
     std::uint32_t const rows = smem_ + L::kRows + piece.stage * L::kRowBytes + quad() * 8;
     if (kGeneral) set_piece(piece.t, piece.half);
-    float X[32];
+    float S[32], X[32];  // S^T; dP^T, aligned mode: dP^T - delta
+    // NOTE: loads behind S cost the window form 0.03 us per head.
+    if (kShifted && !kSlots) load_shifts(X, rows);
+    device::pin(dK_), device::pin(dV_), device::pin(sums_);
     device::wgmma_fence();
-    multiply_rows(X, k + L::kBlockBytes, dout);
+    multiply_rows<false>(S, k, q);
+    if (kShifted && kSlots) {
+      device::wgmma_wait<1>();  // tells the compiler that the registers of X are free; at once
+      load_shifts(X, rows);
+      device::wgmma_fence();
+    }
+    multiply_rows<kShifted>(X, k + L::kBlockBytes / 16, dout);
     device::wgmma_wait<1>();
     device::pin(S), device::pin(dK_), device::pin(dV_);
     std::uint32_t P[16], D[16];
@@ -226,10 +225,9 @@ class KeyConsumer : ConsumerThread<BackwardParams, KeyLayout<kDim, kMode>> {
     device::pin(D);
     device::wgmma_fence();
     accumulate(dK_, D, q);
-    behind();
-    if (!kGeneral && kSlots && p_.gate_gradients) add_gate_gradients(D);
-    device::wgmma_wait<kPending>();
-    device::pin(dK_), device::pin(dV_), device::pin(P), device::pin(D);
+    if (kSumsGates) sum_rows(D, ones);
+    device::wgmma_wait<0>();
+    device::pin(dK_), device::pin(dV_), device::pin(sums_), device::pin(P), device::pin(D);
   }
   __device__ __forceinline__ static int piece_base(std::uint32_t stage) {
     return L::kPieces + stage * 2 * L::kPieceBytes;
@@ -242,19 +240,33 @@ class KeyConsumer : ConsumerThread<BackwardParams, KeyLayout<kDim, kMode>> {
   }
   static constexpr int kArrayBytes = kPiece * 4;
 
+  // -delta of the queries, where dP^T - delta will be.
+  __device__ __forceinline__ static void load_shifts(float (&X)[32], std::uint32_t rows) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float2 const x = load_pair(rows + kRowShift * kArrayBytes + j * 32);
+        X[4 * j + 2 * r] = x.x, X[4 * j + 2 * r + 1] = x.y;
+      }
+    }
+    device::pin(X);
+  }
+
   // P in 16 bits. What stays in S: the weights without gates where make_gradient needs them.
   __device__ __forceinline__ void weigh(std::uint32_t (&P)[16], float (&S)[32], std::uint32_t rows,
                                         bool masked) const {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       float2 const lse = load_pair(rows + kRowLse * kArrayBytes + j * 32);
-      float const g0 = kGeneral ? 0.f : log_gate_[0], g1 = kGeneral ? 0.f : log_gate_[1];
-      S[4 * j] = device::exp2_approx(fmaf(S[4 * j], scale_, g0 - lse.x));
-      S[4 * j + 1] = device::exp2_approx(fmaf(S[4 * j + 1], scale_, g0 - lse.y));
-      S[4 * j + 2] = device::exp2_approx(fmaf(S[4 * j + 2], scale_, g1 - lse.x));
-      S[4 * j + 3] = device::exp2_approx(fmaf(S[4 * j + 3], scale_, g1 - lse.y));
+      float const l[4] = {lse.x, lse.y, lse.x, lse.y};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float const shift = kSlots && !kGeneral ? log_gate_[i >> 1] - l[i] : -l[i];
+        S[4 * j + i] = device::exp2_approx(fmaf(S[4 * j + i], scale_, shift));
+      }
     }
-    if (masked) {  // query 8 j + 2 quad (+ 1) does not see later keys
+    if (!kSlots && masked) {  // query 8 j + 2 quad (+ 1) does not see later keys
       int const key = warp() * 16 + (lane() >> 2) - 2 * quad();
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
@@ -304,44 +316,36 @@ class KeyConsumer : ConsumerThread<BackwardParams, KeyLayout<kDim, kMode>> {
                                                 std::uint32_t rows) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      float2 const delta = load_pair(rows + kRowDelta * kArrayBytes + j * 32);
       float y[4];
       if constexpr (kGeneral) {
+        float2 const shift = load_pair(rows + kRowShift * kArrayBytes + j * 32);
         float m[4];
         bool interior[4];
         gates_of(m, interior, rows, j);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          float const e = S[4 * j + i], x = X[4 * j + i], d = i & 1 ? delta.y : delta.x;
-          float const g = e * (kValueGate ? x : x - d);
+          float const e = S[4 * j + i], x = X[4 * j + i], d = i & 1 ? shift.y : shift.x;
+          float const g = e * (kValueGate ? x : x + d);
           if (interior[i] && e > 0.f) score_gradient_[i >> 1] += g;
-          y[i] = kValueGate ? e * fmaf(m[i], x, -d) : m[i] * g;
+          y[i] = kValueGate ? e * fmaf(m[i], x, d) : m[i] * g;
         }
       } else {
         float2 const a = device::unpack2<T>(P[2 * j]), b = device::unpack2<T>(P[2 * j + 1]);
-        y[0] = a.x * (X[4 * j] - delta.x), y[1] = a.y * (X[4 * j + 1] - delta.y);
-        y[2] = b.x * (X[4 * j + 2] - delta.x), y[3] = b.y * (X[4 * j + 3] - delta.y);
+        y[0] = a.x * X[4 * j], y[1] = a.y * X[4 * j + 1];
+        y[2] = b.x * X[4 * j + 2], y[3] = b.y * X[4 * j + 3];
       }
       D[2 * j] = device::pack2<T>(y[0], y[1]), D[2 * j + 1] = device::pack2<T>(y[2], y[3]);
     }
   }
 
-  // Aligned mode: within a tile the gate of a key is constant, and dS = m g. So the gradient of the
-  // gate comes from sums of dS, in the shadow of the last product and from what it reads.
-  __device__ __forceinline__ void add_gate_gradients(std::uint32_t (&D)[16]) {
-    float sum[2] = {0.f, 0.f};
+  // Aligned mode: within a tile the gate of a key is constant, and dS = m g. So the gate's gradient
+  // comes from sums of dS over the tile's queries: products with ones.
+  __device__ __forceinline__ void sum_rows(std::uint32_t (&D)[16], std::uint64_t ones) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      float2 const a = device::unpack2<T>(D[2 * j]), b = device::unpack2<T>(D[2 * j + 1]);
-      sum[0] += a.x + a.y, sum[1] += b.x + b.y;
+    for (int kk = 0; kk < kPiece / 16; ++kk) {
+      device::Wgmma8<T>::next(sums_, D[4 * kk], D[4 * kk + 1], D[4 * kk + 2], D[4 * kk + 3], ones);
     }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      // Only gates strictly between 0 and 1: 1 itself is +0.0.
-      bool const interior = log_gate_[r] > -INFINITY && __float_as_int(log_gate_[r]) < 0;
-      sum[r] = interior ? sum[r] * device::exp2_approx(-log_gate_[r]) : 0.f;
-      score_gradient_[r] += sum[r], tile_gradient_ += sum[r];
-    }
+    device::wgmma_commit();
   }
 
   // --- window form -------------------------------------------------------------------------------
@@ -488,16 +492,30 @@ class KeyConsumer : ConsumerThread<BackwardParams, KeyLayout<kDim, kMode>> {
       alive_[r] = gate > -INFINITY;
     }
   }
-  __device__ __forceinline__ bool is_alive(int r) const { return alive_[r]; }
 
-  // Sums of keys that leave: one addition to what the window form wrote.
+  // Keys that leave: one addition to what the window form wrote.
+  __device__ __forceinline__ void finish_keys(SlotRange const& range, int slot,
+                                              int const (&leaving)[2], bool const (&cleared)[2]) {
+    bool const any = leaving[0] != kNobody || leaving[1] != kNobody;
+    if (p_.gate_gradients && __any_sync(~0u, any)) flush_scores(range, leaving, slot);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (leaving[r] == kInherited) store_inherited(range, slot + 8 * r, r);
+      if (leaving[r] >= 0) add_row(range, leaving[r], r);
+      if (__any_sync(~0u, cleared[r])) {  // else 64 instructions that do nothing
+        if (cleared[r]) clear_row(r);
+      }
+    }
+  }
   __device__ __forceinline__ void flush_scores(SlotRange const& range, int const (&leaving)[2],
                                                int slot) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float sum = score_gradient_[r];
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
+      if (!kSumsGates) {  // there every lane of the row has the whole sum
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+      }
       if (quad() == 0) {
         if (leaving[r] >= 0) atomicAdd(p_.dscores + range.head.dscore_at(p_, leaving[r]), sum);
         if (leaving[r] == kInherited) {
@@ -507,20 +525,18 @@ class KeyConsumer : ConsumerThread<BackwardParams, KeyLayout<kDim, kMode>> {
       if (leaving[r] != kNobody) score_gradient_[r] = 0.f;
     }
   }
-  // Lays a row of dK and dV down in the row of the key, which is not needed any more: columns in
-  // order, for the producer to add to dk and dv.
-  __device__ __forceinline__ void stage_row(int buffer, int slot, int r) const {
-    std::uint32_t const to = smem_ + buffer * L::kBufferBytes + slot * 128 + quad() * 4;
+  __device__ __forceinline__ void add_row(SlotRange const& range, int key, int r) const {
+    char* dk = range.head.dk_row(p_, key) + quad() * 4;
+    char* dv = range.head.dv_row(p_, key) + quad() * 4;
+    asm volatile("" : "+l"(dk), "+l"(dv));  // NOTE: else every address is worked out from scratch
 #pragma unroll
     for (int j = 0; j < kOutRegs / 4; ++j) {
       int const i = 4 * j + 2 * r;
-      std::uint32_t const at = to + (j >> 3) * L::kHalfBytes + (j & 7) * 16;
-      store_shared(at, device::pack2<T>(dK_[i] * p_.sm_scale, dK_[i + 1] * p_.sm_scale));
-      store_shared(at + L::kBlockBytes, device::pack2<T>(dV_[i], dV_[i + 1]));
+      bool const exists = 8 * j < p_.head_dim;
+      std::uint32_t const k = device::pack2<T>(dK_[i] * p_.sm_scale, dK_[i + 1] * p_.sm_scale);
+      device::add_2<T>(dk + 16 * j, k, exists);
+      device::add_2<T>(dv + 16 * j, device::pack2<T>(dV_[i], dV_[i + 1]), exists);
     }
-  }
-  __device__ __forceinline__ static void store_shared(std::uint32_t address, std::uint32_t x) {
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
   }
   __device__ __forceinline__ void store_inherited(SlotRange const& range, int slot, int r) const {
     float* const row = p_.inherited_rows + range.inherited_at(p_, slot) * (2 * kDim);
@@ -532,24 +548,32 @@ class KeyConsumer : ConsumerThread<BackwardParams, KeyLayout<kDim, kMode>> {
       *reinterpret_cast<float2*>(row + kDim + column) = make_float2(dV_[i], dV_[i + 1]);
     }
   }
-  __device__ __forceinline__ void store_tile_gradient(SlotRange const& range, int t) const {
-    float sum = tile_gradient_;
+  // Aligned mode, the tile's sums: of each key, and over all.
+  __device__ __forceinline__ void finish_sums(SlotRange const& range, int t) {
+    float all = 0.f;
 #pragma unroll
-    for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+    for (int r = 0; r < 2; ++r) {
+      // Only gates strictly between 0 and 1: 1 itself is +0.0.
+      bool const interior = log_gate_[r] > -INFINITY && __float_as_int(log_gate_[r]) < 0;
+      float const sum = interior ? sums_[2 * r] * device::exp2_approx(-log_gate_[r]) : 0.f;
+      score_gradient_[r] += sum, all += sum;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums_[i] = 0.f;
+#pragma unroll
+    for (int d = 4; d < 32; d *= 2) all += __shfl_xor_sync(~0u, all, d);
     if (lane() == 0) {
       std::int64_t const tile = static_cast<std::int64_t>(range.head.kv_head) * p_.num_key_tiles +
                                 first_key_tile(p_, range.head.sequence, range.head.tiles.first_k) +
                                 t;
-      p_.gate_partials[(tile * p_.num_blocks + range.block) * 8 + wg_ * 4 + warp()] = sum;
+      p_.gate_partials[(tile * p_.num_blocks + range.block) * 8 + wg_ * 4 + warp()] = all;
     }
   }
-
-  std::uint64_t desc_row_, desc_column_;
 
   float dK_[kOutRegs], dV_[kOutRegs];
   float log_gate_[2];                     // aligned mode, log2
   float score_gradient_[2] = {0.f, 0.f};  // of this thread's two keys
-  float tile_gradient_ = 0.f;             // aligned mode: of all keys, this tile's queries
+  float sums_[4] = {0.f, 0.f, 0.f, 0.f};  // aligned mode: sums of dS over this tile's queries
   float score_[2];                        // general mode
   int key_[2], expiry_[2], seen_until_[2];
   bool alive_[2] = {false, false};

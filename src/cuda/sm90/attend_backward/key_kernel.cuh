@@ -33,16 +33,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) char shared[];
   std::uint32_t const smem = device::shared_address(shared);
   int const warpgroup = __shfl_sync(~0u, threadIdx.x >> 7, 0);
-  int const num_items = p.num_key_tiles * p.num_kv_heads;
   if (threadIdx.x == 0) init_key_barriers<kDim, kMode>(smem, 1, 2);
   __syncthreads();
   if (warpgroup == 0) {
-    device::decrease_registers<WindowRegisters<kMode>::kProducerRegisters>();
-    KeyProducer<T, kDim, kMode>(p, smem, shared).run_window(num_items);
+    device::decrease_registers<WindowRegisters::kProducerRegisters>();
+    KeyProducer<T, kDim, kMode>(p, smem, shared).run_window();
   } else {
-    device::increase_registers<WindowRegisters<kMode>::kConsumerRegisters>();
-    KeyConsumer<T, kDim, kMode, kValueGate, false>(p, smem, shared, warpgroup - 1)
-        .run_window(num_items);
+    device::increase_registers<WindowRegisters::kConsumerRegisters>();
+    KeyConsumer<T, kDim, kMode, kValueGate, false>(p, smem, shared, warpgroup - 1).run_window();
   }
 }
 
@@ -60,6 +58,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Slots that were never filled must hold numbers: their weight is 0, and 0 * NaN is not.
   for (int i = threadIdx.x; i < L::kPieces / 16; i += kThreads) {
     reinterpret_cast<int4*>(shared)[i] = make_int4(0, 0, 0, 0);
+  }
+  if (kMode == Mode::kAligned && threadIdx.x < 128) {
+    reinterpret_cast<T*>(shared + L::kOnes)[threadIdx.x] = T(1.f);
   }
   device::fence_async_proxy();
   __syncthreads();

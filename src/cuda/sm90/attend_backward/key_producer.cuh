@@ -31,12 +31,12 @@ class KeyProducer {
         warp_((threadIdx.x & 127) >> 5) {}
 
   // One key tile after another; the first warp does everything.
-  __device__ __forceinline__ void run_window(int num_items) {
+  __device__ __forceinline__ void run_window() {
     if (warp_ != 0) return;
     int fills = 0;
-    for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
-      KeyTile keys;
-      keys.set(p_, item);
+    KeyTileCursor cursor;
+    for (cursor.start(p_); !cursor.done(p_); cursor.advance()) {
+      KeyTile const keys = cursor.tile(p_);
       if (!keys.exists || !keys.has_queries()) continue;
       if (lane_ == 0) {
         int const buffer = fills & 1;
@@ -69,23 +69,15 @@ class KeyProducer {
       std::uint32_t const buffer = n & 1;
       leave(t, last);
       if (t > range.first && !last) admit(head, t, range.block);
-      if (n >= 2) {
-        wait(kEmptyKeys + buffer, n / 2 - 1);
-        add_complete_rows(head, buffer);
-      }
+      if (n >= 2) wait(kEmptyKeys + buffer, n / 2 - 1);
       if (!last) copy_rows(head, buffer);
-      complete_ = leaving_;
       fresh_ = fresher_, fresher_ = false;
       if (n >= 1) wait(kReadSlots, n - 1);
       write_slots(head, t, last);
       device::mbarrier_arrive(barrier(kFullKeys + buffer));
-      if (!last && warp_ == 0 && range.uses(t)) stream_tile(head, t);
       if (t + 1 < range.end) prefetch(head, t + 1);
+      if (!last && warp_ == 0 && range.uses(t)) stream_tile(head, t);
       __syncwarp();
-    }
-    if (n >= 2) {
-      wait(kEmptyKeys + (n & 1), n / 2 - 1);
-      add_complete_rows(head, n & 1);
     }
   }
 
@@ -106,7 +98,9 @@ class KeyProducer {
   __device__ __forceinline__ void stream_tile(KeyHead const& head, int t) {
     for (int g = 0; g < p_.group; ++g) {
       for (int half = 0; half < 2; ++half) {
-        if (head.has_piece(t, half)) stream_piece(head, t, g, half);
+        if (!head.has_piece(t, half)) continue;
+        stream_piece(head, t, g, half);
+        if (++stage_ == L::kStages) stage_ = 0, phase_ ^= 1;
       }
     }
   }
@@ -118,18 +112,33 @@ class KeyProducer {
     int const position = head.tiles.first_q + t * kTile + half * kPiece - head.tiles.q_offset;
     int const q_head = head.kv_head * p_.group + g, batch = head.batch_coordinate(p_);
     int const begin = head.piece_begin(t, half), end = head.piece_end(t, half);
-    // What the query kernel left; zeros where there is no query.
+    bool const whole = begin == 0 && end == kPiece;
+    float const* const row_data =
+        p_.row_data + batch * p_.stride_row_batch + q_head * p_.stride_row_head + position;
+    // What the query kernel left, by bulk copies of 16-byte aligned rows that all exist.
+    if (whole && (position & 3) == 0) {
+      if (lane_ == 0) {
+        device::mbarrier_expect(full, L::kRowBytes + 2 * L::kPieceBytes);
+        device::mbarrier_arrive(full, 1 + 32);
+        for (int array = 0; array < row_arrays(kMode); ++array) {
+          device::bulk_load(smem_ + rows + array * kPiece * 4,
+                            row_data + array * p_.stride_row_array, kPiece * 4, full);
+        }
+        load_piece(to, full, position, q_head, batch);
+      }
+      __syncwarp();
+      return;
+    }
+    // Else by ordinary copies; zeros where there is no query.
     for (int i = lane_; i < row_arrays(kMode) * kPiece; i += 32) {
       int const array = i / kPiece, r = i % kPiece;
       bool const exists = r >= begin && r < end;
-      float const* const from = p_.row_data + batch * p_.stride_row_batch +
-                                q_head * p_.stride_row_head + array * p_.stride_row_array +
-                                position + r;
+      float const* const from = row_data + array * p_.stride_row_array + r;
       device::cp_async_4(smem_ + rows + i * 4, exists ? from : p_.row_data, exists);
     }
     // Beyond the tensor the copy engine writes zeros; rows of other sequences, or memory that must
     // not be used, are replaced by zeros here.
-    if ((begin > 0 || end < kPiece) && (p_.lengths || p_.cu_seqlens_k)) {
+    if (!whole && (p_.lengths || p_.cu_seqlens_k)) {
       copy_piece_rows(to, p_.q_rows, p_.stride_q_batch, p_.stride_q_head, p_.stride_q_position,
                       q_head, batch, position, begin, end);
       copy_piece_rows(to + L::kPieceBytes, p_.dout_rows, p_.stride_dout_batch, p_.stride_dout_head,
@@ -142,18 +151,20 @@ class KeyProducer {
       device::cp_async_mbarrier_arrive(full);
       if (lane_ == 0) {
         device::mbarrier_arrive_expect(full, 2 * L::kPieceBytes);
-        for (int c = 0; c < kDim / 64; ++c) {
-          device::tma_load(to + c * L::kPieceHalfBytes, &p_.q, full, c * 64, position, q_head,
-                           batch);
-        }
-        for (int c = 0; c < kDim / 64; ++c) {
-          device::tma_load(to + L::kPieceBytes + c * L::kPieceHalfBytes, &p_.dout, full, c * 64,
-                           position, q_head, batch);
-        }
+        load_piece(to, full, position, q_head, batch);
       }
     }
     __syncwarp();
-    if (++stage_ == L::kStages) stage_ = 0, phase_ ^= 1;
+  }
+  __device__ __forceinline__ void load_piece(std::uint32_t to, std::uint32_t full, int position,
+                                             int q_head, int batch) const {
+    for (int c = 0; c < kDim / 64; ++c) {
+      device::tma_load(to + c * L::kPieceHalfBytes, &p_.q, full, c * 64, position, q_head, batch);
+    }
+    for (int c = 0; c < kDim / 64; ++c) {
+      device::tma_load(to + L::kPieceBytes + c * L::kPieceHalfBytes, &p_.dout, full, c * 64,
+                       position, q_head, batch);
+    }
   }
   __device__ __forceinline__ void copy_piece_rows(
       std::uint32_t to, char const* rows, std::int64_t stride_batch, std::int64_t stride_head,
@@ -296,67 +307,61 @@ class KeyProducer {
   static constexpr int kRowLanes = 2 * kChunks, kRowsAtOnce = 32 / kRowLanes;
   __device__ __forceinline__ bool is_value_lane() const { return lane_ / kChunks & 1; }
   __device__ __forceinline__ int lane_chunk() const { return lane_ % kChunks; }
+  __device__ __forceinline__ bool lane_exists() const { return lane_chunk() * 8 < p_.head_dim; }
   // Takes kRowsAtOnce of the warp's slots from `mask`; this lane's one.
   __device__ __forceinline__ int take_slot(std::uint32_t& mask) const {
     int slot = 0;
 #pragma unroll
     for (int r = 0; r < kRowsAtOnce; ++r) {
-      int const next = mask ? __ffs(mask) - 1 : slot;
+      int const next = r == 0 || mask ? __ffs(mask) - 1 : slot;
       mask &= mask - 1;
       if (r == 0 || lane_ / kRowLanes >= r) slot = next;
     }
     return slot;
   }
-  // Where this lane's chunk of slot r lies in a buffer; `place`: of the chunk in its column half.
-  __device__ __forceinline__ std::uint32_t lane_address(std::uint32_t buffer, int r,
-                                                        int place) const {
+  // Where this lane's chunk of the warp's first slot lies in a buffer, the columns in order.
+  __device__ __forceinline__ std::uint32_t lane_address(std::uint32_t buffer) const {
     return smem_ + buffer * L::kBufferBytes + (is_value_lane() ? L::kBlockBytes : 0) +
-           (lane_chunk() >> 3) * L::kHalfBytes + r * 128 + (place << 4);
+           (lane_chunk() >> 3) * L::kHalfBytes + warp_ * (32 * 128) + (lane_chunk() & 7) * 16;
   }
 
-  // This lane's part of row 0 of K or V, and bytes from row to row.
+  // This lane's part of row 0 of K or V (chunk 0 instead of one that does not exist), and bytes
+  // from row to row.
   struct Rows {
     char* first;
-    int stride;
+    std::uint32_t stride;
+    __device__ __forceinline__ Rows(char* first_, std::int64_t stride_)
+        : first(first_), stride(static_cast<std::uint32_t>(stride_)) {
+      asm volatile("" : "+l"(first));  // NOTE: else the compiler works it out anew for every row
+    }
+    __device__ __forceinline__ char* at(int key) const {
+      return first + static_cast<std::uint64_t>(static_cast<std::uint32_t>(key)) * stride;
+    }
   };
   __device__ __forceinline__ Rows source_rows(KeyHead const& head) const {
-    int const batch = head.batch_coordinate(p_), at = lane_chunk() * 16;
+    int const batch = head.batch_coordinate(p_), at = lane_exists() ? lane_chunk() * 16 : 0;
     bool const v = is_value_lane();
-    auto const stride = static_cast<int>(v ? p_.stride_v_position : p_.stride_k_position);
+    std::int64_t const stride = v ? p_.stride_v_position : p_.stride_k_position;
     char const* const rows =
         v ? p_.v_rows + batch * p_.stride_v_batch + head.kv_head * p_.stride_v_head
           : p_.k_rows + batch * p_.stride_k_batch + head.kv_head * p_.stride_k_head;
-    return {const_cast<char*>(rows) + static_cast<std::int64_t>(head.tiles.first_k) * stride + at,
-            stride};
+    return {const_cast<char*>(rows) + head.tiles.first_k * stride + at, stride};
   }
-  // The same of dK or dV.
-  __device__ __forceinline__ Rows gradient_rows(KeyHead const& head) const {
-    bool const v = is_value_lane();
-    return {(v ? head.dv_row(p_, 0) : head.dk_row(p_, 0)) + lane_chunk() * 16,
-            static_cast<int>(v ? p_.stride_dv_position : p_.stride_dk_position)};
-  }
-
   // Copies the rows that this buffer lacks: of keys that entered for this tile or the one before.
   __device__ __forceinline__ void copy_rows(KeyHead const& head, std::uint32_t buffer) const {
-    Rows const rows = source_rows(head);
     std::uint32_t mask = __ballot_sync(~0u, key_ >= 0 && (fresh_ || fresher_));
-    while (mask) {  // two at a time: each is a chain of dependent instructions
-      int const first = take_slot(mask), second = mask ? take_slot(mask) : first;
-      int const first_key = __shfl_sync(~0u, key_, first);
-      int const second_key = __shfl_sync(~0u, key_, second);
-      copy_row(rows, buffer, first, first_key);
-      copy_row(rows, buffer, second, second_key);
+    if (mask) {
+      Rows const rows = source_rows(head);
+      std::uint32_t const to = lane_address(buffer);
+      bool const exists = lane_exists();
+      do {
+        int const slot = take_slot(mask);
+        int const key = __shfl_sync(~0u, key_, slot);
+        device::cp_async_16((to + slot * 128) ^ (slot & 7) << 4, rows.at(key), exists);
+      } while (mask);
     }
     device::cp_async_wait_all();
     device::fence_async_proxy();
-  }
-  __device__ __forceinline__ void copy_row(Rows const& rows, std::uint32_t buffer, int slot,
-                                           int key) const {
-    int const r = warp_ * 32 + slot, chunk = lane_chunk();
-    bool const valid = chunk * 8 < p_.head_dim;
-    device::cp_async_16(
-        lane_address(buffer, r, (chunk & 7) ^ (r & 7)),
-        valid ? rows.first + static_cast<std::int64_t>(key) * rows.stride : p_.k_rows, valid);
   }
 
   // What the consumers need to know of a slot.
@@ -379,40 +384,13 @@ class KeyProducer {
     at<float2>(L::kSlotData)[tid_] = make_float2(__int_as_float(leaving_), gate);
   }
 
-  // The consumers have laid down, in the rows of keys that left, what they add to dk and dv.
-  __device__ __forceinline__ void add_complete_rows(KeyHead const& head,
-                                                    std::uint32_t buffer) const {
-    std::uint32_t mask = __ballot_sync(~0u, complete_ >= 0);
-    if (mask == 0) return;
-    Rows const rows = gradient_rows(head);
-    bool const valid = lane_chunk() * 8 < p_.head_dim;
-    while (mask) {
-      bool const has_first = valid && lane_ / kRowLanes < __popc(mask);
-      int const first = take_slot(mask);
-      bool const has_second = valid && lane_ / kRowLanes < __popc(mask);
-      int const second = take_slot(mask);
-      int const first_key = __shfl_sync(~0u, complete_, first);
-      int const second_key = __shfl_sync(~0u, complete_, second);
-      uint4 const x = staged_chunk(buffer, first), y = staged_chunk(buffer, second);
-      if (has_first) add_chunk(rows, first_key, x);
-      if (has_second) add_chunk(rows, second_key, y);
-    }
-    __syncwarp();
-  }
-  __device__ __forceinline__ uint4 staged_chunk(std::uint32_t buffer, int slot) const {
-    return device::load_shared_uint4(lane_address(buffer, warp_ * 32 + slot, lane_chunk() & 7));
-  }
-  __device__ __forceinline__ void add_chunk(Rows const& rows, int key, uint4 x) const {
-    device::add_8<T>(rows.first + static_cast<std::int64_t>(key) * rows.stride, x);
-  }
-
   BackwardParams const& p_;
   std::uint32_t const smem_;
   char* const generic_;
   int const tid_, lane_, warp_;
   std::uint32_t stage_ = 0, phase_ = 0;
   int expiry_[kBlocks] = {};
-  int key_ = -1, own_expiry_ = 0, leaving_ = kNobody, complete_ = kNobody;
+  int key_ = -1, own_expiry_ = 0, leaving_ = kNobody;
   float score_ = 0.f, next_tau_ = 0.f;
   bool fresh_ = false, fresher_ = false, inherited_ = false;
   int next_expiry_ = 0;

@@ -61,35 +61,71 @@ struct KeyHead {
   }
 };
 
-// One key tile of one head: an item of the window kernel.
+// One key tile of one head. A block of the window kernel takes every gridDim.x-th, in the order of
+// KV heads, sequences, tiles.
 struct KeyTile {
   KeyHead head;
   int tile;
   bool exists;
 
-  __device__ __forceinline__ void set(BackwardParams const& p, int item) {
-    int const kv_head = item / p.num_key_tiles, at = item % p.num_key_tiles;
-    int sequence;
+  __device__ __forceinline__ void set(BackwardParams const& p, int kv_head, int sequence,
+                                      int tile_) {
+    tile = tile_;
     if (p.cu_seqlens_k) {
-      // The last sequence whose tiles begin at or before `at`.
+      // The last sequence whose tiles begin at or before this one of all sequences.
       int low = 0, high = p.batch;
       while (high - low > 1) {
         int const middle = (low + high) / 2;
         int const first_k = min(max(p.cu_seqlens_k[middle], 0), p.seq_len_k);
-        (first_key_tile(p, middle, first_k) <= at ? low : high) = middle;
+        (first_key_tile(p, middle, first_k) <= tile_ ? low : high) = middle;
       }
       sequence = low;
-    } else {
-      sequence = at / (p.num_key_tiles / p.batch);
     }
     head.set(p, sequence, kv_head);
-    tile = at - first_key_tile(p, sequence, head.tiles.first_k);
+    if (p.cu_seqlens_k) tile -= first_key_tile(p, sequence, head.tiles.first_k);
     exists = tile >= 0 && tile * kTile < head.num_rows;
   }
   // Query tiles that find these keys in their diagonal or window tile.
   __device__ __forceinline__ int begin() const { return max(tile, head.tiles.begin); }
   __device__ __forceinline__ int end() const { return min(tile + 2, head.tiles.end); }
   __device__ __forceinline__ bool has_queries() const { return begin() < end(); }
+};
+
+// The key tiles of a block of the window kernel. NOTE: counted in three digits, so that no tile
+// takes divisions. Packed sequences count as one.
+class KeyTileCursor {
+ public:
+  __device__ __forceinline__ void start(BackwardParams const& p) {
+    num_sequences_ = p.cu_seqlens_k ? 1 : p.batch;
+    num_tiles_ = p.num_key_tiles / num_sequences_;
+    int const first = blockIdx.x, step = gridDim.x;
+    tile_ = first % num_tiles_, tile_step_ = step % num_tiles_;
+    sequence_ = first / num_tiles_ % num_sequences_;
+    sequence_step_ = step / num_tiles_ % num_sequences_;
+    kv_head_ = first / p.num_key_tiles, head_step_ = step / p.num_key_tiles;
+  }
+  __device__ __forceinline__ bool done(BackwardParams const& p) const {
+    return kv_head_ >= p.num_kv_heads;
+  }
+  __device__ __forceinline__ KeyTile tile(BackwardParams const& p) const {
+    KeyTile keys;
+    keys.set(p, kv_head_, sequence_, tile_);
+    return keys;
+  }
+  __device__ __forceinline__ void advance() {
+    tile_ += tile_step_;
+    bool const next_sequence = tile_ >= num_tiles_;
+    if (next_sequence) tile_ -= num_tiles_;
+    sequence_ += sequence_step_ + next_sequence;
+    bool const next_head = sequence_ >= num_sequences_;
+    if (next_head) sequence_ -= num_sequences_;
+    kv_head_ += head_step_ + next_head;
+  }
+
+ private:
+  int num_sequences_, num_tiles_;
+  int kv_head_, sequence_, tile_;  // the packed sequences': among all their tiles
+  int head_step_, sequence_step_, tile_step_;
 };
 
 // A part of the tiles of a head, for one block of 128 slots: what a block of the slot kernel does.

@@ -34,10 +34,7 @@ class QueryConsumer : TileConsumer<BackwardParams, Layout<kDim, kMode>> {
  public:
   __device__ __forceinline__ QueryConsumer(BackwardParams const& p, std::uint32_t smem,
                                            char* generic, int wg)
-      : Base(p, smem, generic, wg) {
-    desc_row_ = device::matrix_descriptor(smem, 16, 1024);
-    desc_column_ = device::matrix_descriptor(smem, L::kHalfBytes, 1024);
-  }
+      : Base(p, smem, generic, wg) {}
 
   __device__ __forceinline__ void run() {
 #pragma unroll
@@ -55,15 +52,29 @@ class QueryConsumer : TileConsumer<BackwardParams, Layout<kDim, kMode>> {
 
  private:
   __device__ __forceinline__ int half() const { return half_of(flags_); }
+  __device__ __forceinline__ int tile_parity() const { return counts_ & 1; }
+  __device__ __forceinline__ std::uint32_t slot_uses() const { return counts_ >> 2; }
   // This thread's rows of the tile are row() and row() + 8.
   __device__ __forceinline__ int row() const { return row_of(flags_); }
 
   // --- the buffer --------------------------------------------------------------------------------
+  // This lane's row. NOTE: worked out anew wherever it is needed; kept, it would be spilled, and
+  // reading it again takes longer.
+  __device__ __forceinline__ std::uint32_t row_address() const {
+    std::uint32_t at = query_address(0);
+    asm volatile("" : "+r"(at));
+    return at;
+  }
+  // The same as query_address(kk).
+  __device__ __forceinline__ static std::uint32_t step_address(std::uint32_t at, int kk) {
+    return (at ^ (2 * kk & 7) << 4) + (kk >> 2) * kPieceBytes;
+  }
   __device__ __forceinline__ void take(std::uint32_t (&A)[kDim / 4]) const {
+    std::uint32_t const at = row_address();
     std::uint32_t r[4];
 #pragma unroll
     for (int kk = 0; kk < kK16; ++kk) {
-      device::ldmatrix_x4(r, query_address(kk));
+      device::ldmatrix_x4(r, step_address(at, kk));
       A[4 * kk] = r[0], A[4 * kk + 1] = r[1], A[4 * kk + 2] = r[2], A[4 * kk + 3] = r[3];
     }
   }
@@ -78,7 +89,7 @@ class QueryConsumer : TileConsumer<BackwardParams, Layout<kDim, kMode>> {
     }
   }
   __device__ __forceinline__ void take_queries() {
-    wait(kFullQ + wg_, tiles_);
+    wait(kFullQ + wg_, tile_parity());
     take(Q_);
   }
   // ... and asks for O, which comes while the tile's first scores are computed.
@@ -86,7 +97,7 @@ class QueryConsumer : TileConsumer<BackwardParams, Layout<kDim, kMode>> {
     wait(kFullGradient + wg_, 0);
     take(dO_);
     settle(dO_);
-    request(&p_.out, plan(tiles_ - 1));
+    request(&p_.out, plan(tile_parity() ^ 1));
   }
   // Fills the buffer, whose contents all threads have in use, with 64 rows of dO or O.
   __device__ __forceinline__ void request(CUtensorMap const* map, TilePlan const& tile) const {
@@ -103,25 +114,29 @@ class QueryConsumer : TileConsumer<BackwardParams, Layout<kDim, kMode>> {
   }
   __device__ __forceinline__ void request_gradient() {
     settle(Q_);
-    request(&p_.dout, plan(tiles_));
-  }
-
-  // --- a tile ------------------------------------------------------------------------------------
-  __device__ __forceinline__ void load_plan() {
-    TilePlan const& next = plan(tiles_);
-    // NOTE: broadcast, so that the compiler knows that the branches on them are uniform; else it
-    // serialises the products.
-    flags_ = __shfl_sync(~0u, next.flags, 0);
-    blocks_ = __shfl_sync(~0u, next.num_blocks, 0);
-    ++tiles_;
-    int const tile = next.tile;
+    TilePlan const& next = plan(tile_parity());
+    request(&p_.dout, next);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      int const at = row() + 8 * r;
+    for (int r = 0; r < 2; ++r) {  // needed when dO is there
+      int const at = 64 * half_of(next.flags) + warp() * 16 + (lane() >> 2) + 8 * r;
       lse_[r] = -INFINITY;
       if (at >= next.row_begin && at < next.row_end) {
         lse_[r] = p_.lse[next.lse_offset + at * p_.stride_lse_position];
       }
+    }
+  }
+
+  // --- a tile ------------------------------------------------------------------------------------
+  __device__ __forceinline__ void load_plan() {
+    TilePlan const& next = plan(tile_parity());
+    // NOTE: broadcast, so that the compiler knows that the branches on them are uniform; else it
+    // serialises the products.
+    flags_ = __shfl_sync(~0u, next.flags | next.num_blocks << kBlocksShift, 0);
+    counts_ ^= 1;
+    int const tile = next.tile;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      int const at = row() + 8 * r;
       if (kGeneral) {
         // The row's threshold, and where its pool ends relative to the window tile.
         int const position = tile * kTile + at;
@@ -160,6 +175,7 @@ class QueryConsumer : TileConsumer<BackwardParams, Layout<kDim, kMode>> {
   // delta = dO . O, for this kernel and, with the normaliser, for the others.
   __device__ __forceinline__ void make_delta() {
     wait(kFullGradient + wg_, 1);
+    std::uint32_t const at = row_address();
     delta_[0] = delta_[1] = 0.f;
     auto const dot = [](std::uint32_t x, std::uint32_t y, float sum) {
       float2 const a = device::unpack2<T>(x), b = device::unpack2<T>(y);
@@ -168,7 +184,7 @@ class QueryConsumer : TileConsumer<BackwardParams, Layout<kDim, kMode>> {
 #pragma unroll
     for (int kk = 0; kk < kK16; ++kk) {
       std::uint32_t o[4];
-      device::ldmatrix_x4(o, query_address(kk));
+      device::ldmatrix_x4(o, step_address(at, kk));
       delta_[0] = dot(o[0], dO_[4 * kk], dot(o[2], dO_[4 * kk + 2], delta_[0]));
       delta_[1] = dot(o[1], dO_[4 * kk + 1], dot(o[3], dO_[4 * kk + 3], delta_[1]));
     }
@@ -180,14 +196,14 @@ class QueryConsumer : TileConsumer<BackwardParams, Layout<kDim, kMode>> {
     // NOTE: the sums above have used everything that was loaded from the buffer.
     device::named_barrier_sync(3 + wg_, 128);
     if (tid() == 0) device::mbarrier_arrive(barrier(kEmptyQ + wg_));
-    TilePlan const& now = plan(tiles_ - 1);
+    TilePlan const& now = plan(tile_parity() ^ 1);
     if (quad() == 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if (!exists(now, r)) continue;
         float* const out = row_data(now, r);
         out[kRowLse * p_.stride_row_array] = lse_[r];
-        out[kRowDelta * p_.stride_row_array] = delta_[r];
+        out[kRowShift * p_.stride_row_array] = -delta_[r];
         if (kGeneral) {
           out[kRowThreshold * p_.stride_row_array] = tau_[r];
           int const end = pool_end_[r] == kNoPool ? kNoPool : pool_end_[r] + (now.tile - 1) * kTile;
@@ -225,7 +241,7 @@ class QueryConsumer : TileConsumer<BackwardParams, Layout<kDim, kMode>> {
   }
   __device__ __forceinline__ Keys slot_keys(int piece) const {
     int const at = (piece >> 1) * L::kBlockBytes + (piece & 1) * kPieceBytes;
-    int const gates = kGeneral ? L::kSlotScore : L::kGate + (slot_uses_ & 1) * L::kGateBytes;
+    int const gates = kGeneral ? L::kSlotScore : L::kGate + (slot_uses() & 1) * L::kGateBytes;
     return {L::kSlotK + at,
             L::kSlotV + at,
             gates + piece * kPiece * 4,
@@ -242,12 +258,12 @@ class QueryConsumer : TileConsumer<BackwardParams, Layout<kDim, kMode>> {
     use_window(flags_ & kFirstIsFresh);
     walk_window(diagonal_first, true, single && (flags_ & kMore));
     if (!single || (flags_ & kReleaseLast)) release_window();
-    if (blocks_ > 0) {
+    if (int const blocks = flags_ >> kBlocksShift) {
       use_slots();
-      for (int i = 0; i < 2 * blocks_; ++i) step<true>(slot_keys(i), false, false);
+      for (int i = 0; i < 2 * blocks; ++i) step<true>(slot_keys(i), false, false);
       if (flags_ & kReleaseSlots) {
         release(kEmptySlotK), release(kEmptySlotV);
-        ++slot_uses_;
+        counts_ += 4;
       }
     }
     if (single) return;
@@ -264,29 +280,26 @@ class QueryConsumer : TileConsumer<BackwardParams, Layout<kDim, kMode>> {
   }
   __device__ __forceinline__ void use_window(bool fresh) {
     if (!fresh) return;
-    wait(kFullWindowK, window_fills_), wait(kFullWindowV, window_fills_);
-    ++window_fills_;
+    std::uint32_t const parity = counts_ >> 1;
+    wait(kFullWindowK, parity), wait(kFullWindowV, parity);
+    counts_ ^= 2;
   }
   __device__ __forceinline__ void release_window() const {
     release(kEmptyWindowK), release(kEmptyWindowV);
   }
-  __device__ __forceinline__ void use_slots() const {
-    wait(kFullSlotK, slot_uses_), wait(kFullSlotV, slot_uses_);
-    if (kGeneral)
-      wait(kFullGate, slot_uses_);
-    else
-      wait(kFullGate + (slot_uses_ & 1), slot_uses_ >> 1);
-  }
+  // The producer's threads arrive there last: gates and K are there, too.
+  __device__ __forceinline__ void use_slots() const { wait(kFullSlotV, slot_uses()); }
 
   // --- a step ------------------------------------------------------------------------------------
+  __device__ __forceinline__ std::uint32_t place(int offset) const { return (smem_ + offset) >> 4; }
   // S or dP: 64 rows in registers times 64 rows of keys.
   __device__ __forceinline__ void multiply_rows(float (&X)[32], std::uint32_t (&A)[kDim / 4],
                                                 int base) const {
     using Mma = device::Wgmma<T, 32, device::BLayout::kKMajor>;
 #pragma unroll
     for (int kk = 0; kk < kK16; ++kk) {
-      std::uint64_t const b =
-          desc_row_ + (base >> 4) + (kk & 3) * 2 + (kk >> 2) * (L::kHalfBytes >> 4);
+      int const step = (kk >> 2) * L::kHalfBytes + (kk & 3) * 32;
+      std::uint64_t const b = device::matrix_descriptor<16, 1024>(place(base) + step / 16);
       std::uint32_t const* const a = A + 4 * kk;
       if (kk == 0)
         Mma::first(X, a[0], a[1], a[2], a[3], b);
@@ -321,7 +334,8 @@ class QueryConsumer : TileConsumer<BackwardParams, Layout<kDim, kMode>> {
 #pragma unroll
     for (int kk = 0; kk < kPiece / 16; ++kk) {
       Mma::next(dQ_, D[4 * kk], D[4 * kk + 1], D[4 * kk + 2], D[4 * kk + 3],
-                desc_column_ + (keys.k >> 4) + kk * 128, kk > 0 || !opens);
+                device::matrix_descriptor<L::kHalfBytes, 1024>(place(keys.k) + kk * 128),
+                kk > 0 || !opens);
     }
     device::wgmma_commit();
     if (closes) request_gradient();
@@ -420,7 +434,7 @@ class QueryConsumer : TileConsumer<BackwardParams, Layout<kDim, kMode>> {
 
   // --- results -----------------------------------------------------------------------------------
   __device__ __forceinline__ void store() const {
-    TilePlan const& now = plan(tiles_ - 1);
+    TilePlan const& now = plan(tile_parity() ^ 1);
     if constexpr (kGeneral) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -452,15 +466,15 @@ class QueryConsumer : TileConsumer<BackwardParams, Layout<kDim, kMode>> {
   static constexpr int kNoPool = -(1 << 30);  // no key has a gate
   static constexpr int kSlotColumn = -(1 << 29);
 
-  std::uint64_t desc_row_, desc_column_;
-
   float dQ_[kOutRegs];
   std::uint32_t Q_[kDim / 4], dO_[kDim / 4];
   float lse_[2], delta_[2];
   float tau_[2], gate_gradient_[2];  // general mode
   int pool_end_[2];
-  int flags_ = 0, blocks_ = 0;
-  std::uint32_t tiles_ = 0, window_fills_ = 0, slot_uses_ = 0;
+  int flags_ = 0;  // of the tile, and from kBlocksShift on how many blocks of slots it uses
+  // Of tiles (bit 0), fills of the window slot (bit 1), fills of the slots (the others): what the
+  // phases of barriers need, in one register.
+  std::uint32_t counts_ = 0;
 };
 
 }  // namespace sparsek::cuda::sm90::backward

@@ -2,10 +2,10 @@
 #pragma once
 #include "cuda/device/hopper.cuh"
 #include "cuda/runtime.hpp"
-#include "cuda/sm90/attend/producer.cuh"
 #include "cuda/sm90/attend/schedule.cuh"
 #include "cuda/sm90/attend_backward/config.hpp"
 #include "cuda/sm90/attend_backward/query_consumer.cuh"
+#include "cuda/sm90/attend_backward/query_producer.cuh"
 
 namespace sparsek::cuda::sm90::backward {
 
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (warpgroup == 0) {
     device::decrease_registers<QueryRegisters::kProducerRegisters>();
-    Producer<kDim, kMode, true>(p, smem, shared).run(cursor);
+    QueryProducer<kDim, kMode>(p, smem, shared).run(cursor);
   } else {
     device::increase_registers<QueryRegisters::kConsumerRegisters>();
     QueryConsumer<T, kDim, kMode, kValueGate>(p, smem, shared, warpgroup - 1).run();
