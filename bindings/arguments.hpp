@@ -88,6 +88,7 @@ void define_select(nb::module_& module);
 void define_attend(nb::module_& module);
 void define_attend_backward(nb::module_& module);
 void define_decode(nb::module_& module);
+void define_fused(nb::module_& module);
 void define_projection(nb::module_& module);
 void define_capability(nb::module_& module);
 

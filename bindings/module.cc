@@ -29,6 +29,7 @@ NB_MODULE(_core, module) {
   sparsek::bindings::define_attend(module);
   sparsek::bindings::define_attend_backward(module);
   sparsek::bindings::define_decode(module);
+  sparsek::bindings::define_fused(module);
   sparsek::bindings::define_projection(module);
   sparsek::bindings::define_capability(module);
 }

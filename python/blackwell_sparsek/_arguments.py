@@ -22,16 +22,29 @@ DTYPE_CODES = {
 }
 # sparsek::DeviceType
 CPU, CUDA = 0, 1
+
+
+class _Codes(dict):
+    """An option's codes by name; other names are a ValueError."""
+
+    def __init__(self, option: str, codes: dict[str, int]):
+        super().__init__(codes)
+        self._option = option
+
+    def __missing__(self, name: str) -> int:
+        raise ValueError(f"{self._option}: expected one of {', '.join(self)}, got {name!r}")
+
+
 # sparsek::Backend
-BACKEND_CODES = {"auto": 0, "reference": 1, "cpu": 2, "portable": 3, "sm90": 4}
+BACKEND_CODES = _Codes("backend", {"auto": 0, "reference": 1, "cpu": 2, "portable": 3, "sm90": 4})
 # sparsek::Gate
-GATE_CODES = {"none": 0, "value": 1, "softmax": 2}
+GATE_CODES = _Codes("gate", {"none": 0, "value": 1, "softmax": 2})
+# The code of a name, without a Python frame.
+backend_code = BACKEND_CODES.__getitem__
+gate_code = GATE_CODES.__getitem__
 
 # Whether values are checked on CUDA too, where that waits for the device. On the CPU they always are.
 CHECK_VALUES_ON_CUDA = os.environ.get("BLACKWELL_SPARSEK_CHECK", "0") == "1"
-
-# sparsek::kWorkspaceAlignment: scratch memory starts at a multiple of this many bytes.
-WORKSPACE_ALIGNMENT = 256
 
 DIMENSIONS = {
     "q": ("B", "Hq", "Sq", "D"),
@@ -98,20 +111,6 @@ def optional_view(tensor: Tensor | None, name: str, device: torch.device) -> tup
     return None if tensor is None else checked_view(tensor, name, device)
 
 
-def backend_code(backend: str) -> int:
-    code = BACKEND_CODES.get(backend)
-    if code is None:
-        raise ValueError(f"backend: expected one of {', '.join(BACKEND_CODES)}, got {backend!r}")
-    return code
-
-
-def gate_code(gate: str) -> int:
-    code = GATE_CODES.get(gate)
-    if code is None:
-        raise ValueError(f"gate: expected one of {', '.join(GATE_CODES)}, got {gate!r}")
-    return code
-
-
 def check_chunk_size(chunk_size: int) -> None:
     """The core checks it too, but the shapes of the outputs need it before."""
     if chunk_size < 1:
@@ -132,10 +131,6 @@ def call_on(device: torch.device, backend: str, workspace: int = 0, num_bytes: i
 def query_on(device_type: int, device_index: int, backend: str) -> tuple:
     """A context for questions (workspace sizes, capabilities), which touch no stream."""
     return device_type, device_index, backend_code(backend), 0, 0, 0, 0
-
-
-def align(num_bytes: int) -> int:
-    return -(-num_bytes // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
 
 
 def check_values(scores: Tensor | None, lengths: Tensor | None, seq_len: int) -> None:

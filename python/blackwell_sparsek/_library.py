@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blackwell_sparsek import _core
+
 LIBRARY = torch.library.Library("blackwell_sparsek", "DEF")
 
 # Pieces of the schemas.
@@ -38,7 +40,17 @@ def on_host(implementation, device: torch.device, *args):
     results = implementation(*(arg.cpu() if isinstance(arg, Tensor) else arg for arg in args))
     if isinstance(results, Tensor):
         return results.to(device)
-    return tuple(result.to(device) for result in results)
+    return tuple(None if result is None else result.to(device) for result in results)
+
+
+def need_no_dispatcher(*tensors: Tensor | None) -> bool:
+    """Whether a call on these tensors may go past torch's dispatcher to the implementation of an operator.
+
+    So it may where the dispatcher would do nothing else: with plain CUDA tensors of which none wants a gradient,
+    when nothing compiles, traces, transforms (torch.func), profiles or watches calls. The way through the
+    dispatcher takes a Python implementation longer than a launch; on the CPU that does not matter.
+    """
+    return not torch.compiler.is_compiling() and _core.need_no_dispatcher(*tensors)
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from blackwell_sparsek import fused, ops, packed, projection  # noqa: F401  (they define the operators)
 from blackwell_sparsek._arguments import name_of
+from blackwell_sparsek._library import need_no_dispatcher
 from blackwell_sparsek.autograd import require_backward, wants_gradients
 from blackwell_sparsek.selection import (
     DEFAULT_CHUNK_SIZE,
@@ -165,7 +166,8 @@ def attention_forward(
         >>> out = attention_forward(q, k, v, torch.randn(1, 8, 4096), num_selected=256, window=128)
     """
     backend = backend or "auto"
-    differentiable = wants_gradients(q, k, v, scores)
+    is_direct = need_no_dispatcher(q, k, v, scores, lengths)
+    differentiable = not is_direct and wants_gradients(q, k, v, scores)
     if scores is not None and backend == "reference" and q.dtype == torch.float64:
         scores = scores.to(torch.float64)
     if selection is None:
@@ -178,7 +180,8 @@ def attention_forward(
             num_candidates,
         )
         if not differentiable:
-            out, lse = _OPS.attention_forward(
+            call = fused.run_dense if is_direct else _OPS.attention_forward
+            out, lse = call(
                 q, k, v, scores, lengths, *configuration, gate, sm_scale, return_lse, backend
             )
             return (out, lse) if return_lse else out
@@ -304,7 +307,8 @@ def attention_varlen_forward(
     if scores is not None and backend == "reference" and q.dtype == torch.float64:
         scores = scores.to(torch.float64)
     configuration = (num_selected, window, chunk_size, num_candidates)
-    differentiable = wants_gradients(q, k, v, scores)
+    is_direct = need_no_dispatcher(q, k, v, scores, cu_seqlens_q, cu_seqlens_k)
+    differentiable = not is_direct and wants_gradients(q, k, v, scores)
     if differentiable:
         if not torch.compiler.is_compiling() and q.dim() == k.dim() == 3:
             # The operator checks it too, but only after it ran.
@@ -318,7 +322,8 @@ def attention_varlen_forward(
             q, k, v, scores, *selected, *starts, *configuration, gate, sm_scale, backend
         )
     else:
-        out, lse = _OPS.attention_varlen_forward(
+        call = fused.run_packed if is_direct else _OPS.attention_varlen_forward
+        out, lse = call(
             q,
             k,
             v,

@@ -1,4 +1,4 @@
-"""What only a GPU can show: graphs, streams, devices, no waiting, memory, the host's share of a call."""
+"""What only a GPU can show: graphs, streams, devices, no waiting, memory, who sees a call."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from pathlib import Path
 import blackwell_sparsek as bs
 import pytest
 import torch
-from blackwell_sparsek import _arguments
+from blackwell_sparsek import _arguments, functional
+from blackwell_sparsek._library import need_no_dispatcher
 from conftest import needs_cuda
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = needs_cuda
 
@@ -177,21 +181,124 @@ def test_the_best_kernel_is_named():
     assert portable.kernel.startswith("portable")
 
 
-def test_host_cost():
-    """The host's share of one call: what it takes to return, the device being idle.
+# ---- calls that go past torch's dispatcher ------------------------------------------------------
 
-    Aimed at 25 us; the bound leaves room for slower hosts. Other work on the host exceeds it.
-    """
-    q, k, v, scores = make_tensors(seq_len=256)
-    best = float("inf")
-    for _ in range(50):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(10):
-            bs.attention_forward(q, k, v, scores)
-        best = min(best, (time.perf_counter() - begin) / 10)
-    print(f"host cost of attention_forward: {1e6 * best:.1f} us")
-    assert best < 50e-6
+
+FUSED_CALLS = {
+    "dense": (CALLS["scores"], "attention_forward"),
+    "packed": (CALLS["varlen"], "attention_varlen_forward"),
+}
+
+
+@pytest.fixture(params=FUSED_CALLS)
+def fused_call(request):
+    """A call that takes a fused operator, its arguments, the operator's name."""
+    call, name = FUSED_CALLS[request.param]
+    return call, make_tensors(), f"blackwell_sparsek.{name}"
+
+
+def test_ordinary_calls_are_direct(fused_call, monkeypatch):
+    """They need no dispatcher, and give what the operators give."""
+    answers = []
+
+    def watched(*tensors):
+        answers.append(need_no_dispatcher(*tensors))
+        return answers[-1]
+
+    call, tensors, _ = fused_call
+    monkeypatch.setattr(functional, "need_no_dispatcher", lambda *tensors: False)
+    expected = call(*tensors)
+    monkeypatch.setattr(functional, "need_no_dispatcher", watched)
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(call(*tensors), expected)
+    # Packing a parameter makes it a plain tensor.
+    with torch.no_grad():
+        assert torch.equal(call(torch.nn.Parameter(tensors[0]), *tensors[1:]), expected)
+    assert answers == [True] * 4
+    out = call(tensors[0].clone().requires_grad_(), *tensors[1:])
+    assert out.requires_grad
+    assert answers[-1] is False
+
+
+def test_a_dispatch_mode_sees_the_operator(fused_call):
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    call, tensors, name = fused_call
+    names = []
+    with Recorder():
+        call(*tensors)
+    assert f"{name}.default" in names
+
+
+def test_a_function_mode_sees_the_operator(fused_call):
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    call, tensors, name = fused_call
+    names = []
+    with Recorder():
+        call(*tensors)
+    assert any(name in seen for seen in names)
+
+
+def test_a_subclass_sees_the_operator():
+    class Recording(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    q, *rest = make_tensors()
+    names = []
+    CALLS["scores"](q.as_subclass(Recording), *rest)
+    assert any("blackwell_sparsek.attention_forward" in seen for seen in names)
+
+
+def test_the_profiler_sees_the_operator(fused_call):
+    call, tensors, name = fused_call
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call(*tensors)
+    assert name.replace(".", "::") in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_a_trace_holds_the_operator(pre_dispatch):
+    tensors = make_tensors()
+    graph = make_fx(CALLS["scores"], pre_dispatch=pre_dispatch)(*tensors)
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert "blackwell_sparsek.attention_forward.default" in targets
+    assert torch.equal(graph(*tensors), CALLS["scores"](*tensors))
+
+
+def test_a_lazily_negated_tensor():
+    """Its memory holds the negated values; torch's dispatcher resolves it."""
+    q, k, v, scores = make_tensors()
+    negated = torch._neg_view(v)
+    assert torch.equal(CALLS["scores"](q, k, negated, scores), -CALLS["scores"](q, k, v, scores))
+
+
+def test_without_memory_torchs_own_error_is_raised():
+    tensors = make_tensors()
+    held = []
+
+    def call_until_memory_ends():
+        for _ in range(10000):
+            held.append(CALLS["scores"](*tensors))
+
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 1) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            call_until_memory_ends()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.isfinite(held[0]).all()
 
 
 # ---- values, which are looked at only on request -------------------------------------------------
