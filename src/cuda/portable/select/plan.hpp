@@ -10,16 +10,23 @@
 
 namespace sparsek::cuda::portable {
 
-inline constexpr int kMaxRoundMarks = 16;
-inline constexpr int kNarrowWarps =
-    4;  // of a block where there are rows enough for all multiprocessors
-inline constexpr int kNarrowBlocks =
-    6;  // of them side by side: 128 threads * 6 leave 80 registers each
-inline constexpr int kWideWarps = 16;  // where there are few rows
-inline constexpr int kCarriedPerThread =
-    1024 / (32 * kNarrowWarps);  // keys of the old list that a thread holds while it is sorted
-inline constexpr int kTableChunks =
-    64;  // a block that has all of a row with at most so many chunks writes its expiry, too
+// Warps of a block: where there are rows enough for all multiprocessors, where their lists are too
+// long for many blocks side by side, and where there are few rows.
+inline constexpr int kNarrowWarps = 4, kMiddleWarps = 8, kWideWarps = 16;
+// Blocks side by side, at least: 128 threads * 6 leave 80 registers each, 256 * 4 leave 64.
+constexpr int side_by_side(int num_warps) {
+  return num_warps == kNarrowWarps ? 6 : num_warps == kMiddleWarps ? 4 : 1;
+}
+
+// Keys that a round looks at, at most: each thread holds a few.
+constexpr int keys_per_thread(int num_warps) { return num_warps == kNarrowWarps ? 8 : 4; }
+constexpr int round_keys(int num_warps) { return num_warps * 32 * keys_per_thread(num_warps); }
+constexpr int max_round_marks(int num_warps) { return round_keys(num_warps) / 128; }
+
+// Entries [count, count + kListPadding) of a candidate list rank after every key and lie in no pool,
+// so that a warp may look at 32 entries wherever it stands.
+inline constexpr int kListPadding = 32;
+constexpr std::size_t padded(int capacity) { return std::size_t(capacity) + kListPadding; }
 
 struct SelectPlan {
   int rows;            // batch * num_kv_heads
@@ -29,10 +36,8 @@ struct SelectPlan {
   int num_groups;      // of a row
   int round_marks;     // marks between two sorts of the candidate list, at most
   int list_capacity;   // keys
-  int spare_capacity;  // keys of the list in global memory while it is sorted; 0: held in registers
   bool short_chunks;   // several of them to a mark
   bool shared_list;    // the list lies in shared memory, else in the workspace
-  bool writes_expiry;  // the blocks that compute states also write expiry
   int start_capacity;  // keys that a block may find in the lists of the segments before it
   std::int64_t num_keys, num_chunks;  // of all rows together
 };
@@ -41,11 +46,8 @@ SelectPlan plan_select(SelectProblem const& p, DeviceProperties const& device);
 
 // The arrays in a selection's workspace. With null as base: only their size.
 struct SelectWorkspace {
-  // The k-th ranked key of every chunk's pool.
-  RankedKey* kth;
-  // Candidate lists that do not fit in shared memory, and copies of lists while they are sorted.
-  float *list_score, *spare_score;
-  int *list_position, *spare_position;
+  // Candidate lists that do not fit in shared memory, and copies of them while they are sorted.
+  RankedKey *list, *spare;
   // With several segments: the candidates of each segment and of each group, at the offset of their
   // first key; their numbers; and what each block gathers from them.
   float *segment_score, *group_score, *start_score;
@@ -56,12 +58,10 @@ struct SelectWorkspace {
 
 SelectWorkspace lay_out(SelectPlan const& plan, std::byte* base);
 
-// Shared memory of a block that computes states, without the list.
+// Shared memory of a block that computes states, with the list where it lies there.
 std::size_t states_shared_bytes(SelectPlan const& plan);
 
 void launch_states(SelectProblem const& p, SelectPlan const& plan, SelectWorkspace const& workspace,
-                   cudaStream_t stream);
-void launch_expiry(SelectProblem const& p, SelectPlan const& plan, SelectWorkspace const& workspace,
                    cudaStream_t stream);
 
 }  // namespace sparsek::cuda::portable

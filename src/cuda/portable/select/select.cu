@@ -9,11 +9,11 @@
 namespace sparsek::cuda::portable {
 namespace {
 
-constexpr int kRoundKeys = 2048;  // keys that a round looks at ...
-constexpr int kRoomKeys = 1024;   // ... and that a list has room for besides the candidates
 constexpr std::int64_t kMinSegment =
-    4096;  // keys: shorter segments cost more at their start than they save
+    4096;                      // keys: shorter segments cost more at their start than they save
+constexpr int kUngrouped = 8;  // so few segments of a row are read one by one
 constexpr std::size_t kMaxStartBytes = std::size_t{512} << 20;
+constexpr std::size_t kReservedBytes = 1024;  // of shared memory, by the system for each block
 constexpr std::size_t kKeyBytes = sizeof(float) + sizeof(int);
 
 }  // namespace
@@ -32,27 +32,29 @@ SelectPlan plan_select(SelectProblem const& p, DeviceProperties const& device) {
   plan.num_warps = plan.rows >= 2 * device.num_sms ? kNarrowWarps : kWideWarps;
   plan.group_size = 1;
   while (plan.group_size * plan.group_size < plan.num_segments) ++plan.group_size;
+  if (plan.num_segments <= kUngrouped) plan.group_size = plan.num_segments;
   plan.num_groups = ceil_div(plan.num_segments, plan.group_size);
 
   int const span = Marks::span(p.chunk_size);
   plan.short_chunks = Marks(p.chunk_size, 0, 1).chunks_per_mark > 1;
   auto const fits = [&] {
-    // The states of short chunks are buffered for a few marks.
-    plan.round_marks = std::clamp(kRoundKeys / span, 1,
-                                  plan.short_chunks ? std::max(plan.num_warps, 4) : kMaxRoundMarks);
-    std::int64_t const candidates = std::min(p.num_candidates, p.seq_len);
+    int const keys = round_keys(plan.num_warps);
+    plan.round_marks = std::clamp(keys / span, 1, max_round_marks(plan.num_warps));
+    // The candidates and a round's keys; short chunks use the room besides.
     plan.list_capacity =
-        static_cast<int>(std::min(p.seq_len, candidates + std::max<std::int64_t>(span, kRoomKeys)));
-    plan.spare_capacity =
-        candidates > kCarriedPerThread * 32 * plan.num_warps ? plan.list_capacity : 0;
-    return states_shared_bytes(plan) + plan.list_capacity * kKeyBytes <=
-           static_cast<std::size_t>(device.shared_bytes_per_block);
+        static_cast<int>(std::min(p.seq_len, std::min(p.num_candidates, p.seq_len) + keys));
+    if (plan.short_chunks) plan.list_capacity = std::max(plan.list_capacity, keys);
+    plan.shared_list = true;
+    return states_shared_bytes(plan) <= static_cast<std::size_t>(device.shared_bytes_per_block);
   };
-  plan.shared_list = fits();
-  if (!plan.shared_list) {  // the kernels for lists in global memory have wide blocks
+  if (plan.num_warps == kNarrowWarps && fits() &&
+      side_by_side(kNarrowWarps) * (states_shared_bytes(plan) + kReservedBytes) >
+          static_cast<std::size_t>(device.shared_bytes_per_sm)) {
+    plan.num_warps = kMiddleWarps;
+  }
+  if (!fits()) {  // the kernels for lists in global memory have wide blocks
     plan.num_warps = kWideWarps;
     plan.shared_list = fits();
-    if (!plan.shared_list) plan.spare_capacity = plan.list_capacity;
   }
 
   plan.start_capacity = static_cast<int>(std::min(
@@ -61,22 +63,17 @@ SelectPlan plan_select(SelectProblem const& p, DeviceProperties const& device) {
       kMaxStartBytes) {
     plan.num_segments = plan.group_size = plan.num_groups = 1;
   }
-  plan.writes_expiry = plan.num_warps == kNarrowWarps && plan.num_segments == 1 &&
-                       !plan.short_chunks && p.num_chunks <= kTableChunks;
   return plan;
 }
 
 SelectWorkspace lay_out(SelectPlan const& plan, std::byte* base) {
   Carver carver(base);
   SelectWorkspace w{};
-  w.kth = carver.take<RankedKey>(plan.num_chunks);
   std::size_t const blocks = static_cast<std::size_t>(plan.rows) * plan.num_segments;
   if (!plan.shared_list) {
-    w.list_score = carver.take<float>(blocks * plan.list_capacity);
-    w.list_position = carver.take<int>(blocks * plan.list_capacity);
+    w.list = carver.take<RankedKey>(blocks * padded(plan.list_capacity));
+    w.spare = carver.take<RankedKey>(blocks * padded(plan.list_capacity));
   }
-  w.spare_score = carver.take<float>(blocks * plan.spare_capacity);
-  w.spare_position = carver.take<int>(blocks * plan.spare_capacity);
   if (plan.num_segments > 1) {
     w.segment_score = carver.take<float>(plan.num_keys);
     w.segment_position = carver.take<int>(plan.num_keys);
@@ -100,7 +97,6 @@ void select(Context const& context, SelectProblem const& p) {
   Workspace const memory(context, lay_out(plan, nullptr).bytes);
   SelectWorkspace const workspace = lay_out(plan, memory.data());
   launch_states(p, plan, workspace, stream_of(context));
-  if (!plan.writes_expiry) launch_expiry(p, plan, workspace, stream_of(context));
 }
 
 }  // namespace sparsek::cuda::portable

@@ -1,21 +1,28 @@
-// The state of every chunk's pool: its k-th ranked key, its threshold and its last candidate.
+// The state of every chunk's pool: its k-th ranked key, its threshold and its last candidate; and from
+// the k-th keys, when each key expires.
 //
 // A block streams one row (or a segment of it) in rounds of a few marks (geometry.cuh). It keeps a
 // list of the keys that can still matter, sorted by rank: since thresholds never fall, those above
 // the last threshold, and of these at most num_candidates. A round
-//   1. inserts its keys that lie above the last threshold (sorted_list.cuh),
-//   2. computes the states of its marks, a run of marks by each warp, which walks the list from
-//      mark to mark (walk.cuh),
-//   3. cuts the list off where keys no longer matter. Warps work independently in step 2. Where a
-//      block has all of a row and chunks are not short, it writes expiry in the end.
+//   1. inserts its keys that lie above the last threshold (sorted_list.cuh); the others are dropped
+//      by the first chunk whose pool holds them,
+//   2. computes the states of its marks, a run of marks by each warp (walk.cuh), and where chunks
+//      are short also those of the chunks between (short_chunks.cuh),
+//   3. cuts the list off where keys no longer matter. Warps work independently in step 2.
+//
+// A key expires at the first chunk whose pool holds it and whose k-th key ranks before it. K-th keys
+// only rise, so in the sorted list that is a comparison of places.
 //
 // Few long rows: each row is cut into segments, one block each. A block needs the candidates of
 // everything before its segment, and candidates of a union are candidates of its parts. So (a) each
 // segment, then (b) each group of segments is condensed to its candidates, and (c) a block starts
 // from the lists of the groups and segments before it.
-#include "cuda/portable/select/between_marks.cuh"
+#include <algorithm>
+#include <cstddef>
+
 #include "cuda/portable/select/candidates.cuh"
 #include "cuda/portable/select/plan.hpp"
+#include "cuda/portable/select/short_chunks.cuh"
 #include "cuda/portable/select/sorted_list.cuh"
 #include "cuda/portable/select/state.cuh"
 #include "cuda/portable/select/walk.cuh"
@@ -24,8 +31,8 @@ namespace sparsek::cuda::portable {
 namespace {
 
 constexpr int kCondenseThreads = 512;
-constexpr int kPerThread = 4;  // keys that a thread moves per tile of a compaction
-constexpr int kBatch = 4;      // scores that a thread loads together
+constexpr int kManyCandidates = 2048;  // of a segment or a group
+constexpr int kPerThread = 4;          // keys that a thread moves per tile of a compaction
 
 // Appends the keys that load(i, score, position) lets through, i = 0 ... count - 1, in this order,
 // at list[size ...], and returns the new size. Ends with its writes not yet visible to other
@@ -89,111 +96,64 @@ __device__ void range_of(Team const& team, float const* scores, int count, float
   low = unordered(least), high = unordered(largest);
 }
 
-// The marks of a segment.
+// The largest of the lanes up to each.
+__device__ inline float prefix_max(float x) {
+  int const lane = threadIdx.x % 32;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    float const other = __shfl_up_sync(~0u, x, d);
+    if (lane >= d) x = fmaxf(x, other);
+  }
+  return x;
+}
+
+// The marks of a segment: [first, end). Its keys: [pool_end(first - 1), pool_end(end - 1)).
 struct Segment {
-  int first, end;  // marks [first, end)
+  int first, end;
 
   __device__ Segment(Marks const& marks, int segment, int num_segments) {
     int const each = ceil_div(marks.count, num_segments);
-    first = min(1 + segment * each, marks.count + 1);
-    end = min(first + each, marks.count + 1);
+    first = 1 + last_before(marks, segment, each);
+    end = 1 + last_before(marks, segment + 1, each);
   }
-  // Its keys: [pool_end(first - 1), pool_end(end - 1)).
+
+ private:
+  // The last mark before a segment. Each segment's last mark completes a chunk.
+  __device__ static int last_before(Marks const& marks, int segment, int each) {
+    std::int64_t const mark = std::int64_t{segment} * each;
+    if (mark >= marks.count) return marks.count;
+    int const at = static_cast<int>(mark);
+    return max(at - (marks.first + at) % marks.per_chunk, 0);
+  }
 };
 
-// kShort: chunks may be short, so that a mark stands for many of them.
-template <int kWarps, bool kShort>
+template <int kWarps>
 struct StatesShared {
   SortScratch<kWarps> sort;
-  typename BlockTeam<kWarps * 32>::Exchange exchange;  // only where a row has several blocks
-  float thresholds[kShort ? (kWarps > 4 ? kWarps : 4) * kMarkSpan
-                          : kMaxRoundMarks];  // of the round's chunks
-  State marks[kMaxRoundMarks];
-  RankedKey kth[kShort ? 1 : kTableChunks];  // of the row's chunks, where the block writes expiry
+  // Of the chunks that the round completes, where chunks are not short.
+  float thresholds[max_round_marks(kWarps)];
+  int kth[max_round_marks(kWarps)];
+  // Of the last mark.
+  State state;
+  int last_kth;
+  int size;  // of the list that the next round starts with
   float running;
   unsigned least, largest;  // ordered scores of the round's keys that matter ...
   int kept;                 // ... and their number
-  int size;                 // of the list that the next round starts with
 };
 
-// Expiry of a row from the k-th keys of its chunks: a key leaves at the first chunk whose pool
-// holds it and whose k-th key ranks before it, and k-th keys only rise. For most keys that is the
-// first chunk; the others are queued, so that whole warps search.
-template <int kThreads>
-__device__ void write_expiry(SelectProblem const& p, Row const& r, RankedKey const* kth,
-                             SortedList queue, int& queued) {
-  constexpr int kKeysPerThread = 4;
-  int const tid = threadIdx.x, lane = tid % 32;
-  auto const chunk_size = static_cast<unsigned>(p.chunk_size);
-  auto const window = static_cast<unsigned>(p.window);
-  int* const expiry = p.expiry + r.expiry;
-  unsigned chunk = (tid + window) / chunk_size + 1, rest = (tid + window) % chunk_size;
-  unsigned const step_chunks = kThreads / chunk_size, step_rest = kThreads % chunk_size;
-  float const* next_score = r.scores + tid * r.stride;
-  std::int64_t const step_stride = kThreads * r.stride;
-  for (int base = 0; base < r.num_keys; base += kThreads * kKeysPerThread) {
-    float u[kKeysPerThread];
-#pragma unroll
-    for (int i = 0; i < kKeysPerThread; ++i) {
-      u[i] = base + i * kThreads + tid < r.valid ? sanitized(next_score[i * step_stride]) : 0.0f;
-    }
-    next_score += kKeysPerThread * step_stride;
-    __syncthreads();
-    if (tid == 0) queued = 0;
-    __syncthreads();
-    unsigned searching[kKeysPerThread];
-    int total = 0;
-#pragma unroll
-    for (int i = 0; i < kKeysPerThread; ++i) {
-      int const j = base + i * kThreads + tid, first = static_cast<int>(chunk);
-      bool search = false;
-      if (j < r.valid) {
-        search = first < r.used_chunks && !ranks_after(u[i], j, kth[first]);
-        if (!search) {
-          expiry[j] = first < r.used_chunks ? first * static_cast<int>(chunk_size) : r.valid;
-        }
-      } else if (j < r.num_keys) {
-        expiry[j] = j;  // does not exist
-      }
-      searching[i] = __ballot_sync(~0u, search);
-      total += __popc(searching[i]);
-      chunk += step_chunks, rest += step_rest;
-      if (rest >= chunk_size) ++chunk, rest -= chunk_size;
-    }
-    int at = 0;
-    if (lane == 0) at = atomicAdd(&queued, total);
-    at = __shfl_sync(~0u, at, 0);
-#pragma unroll
-    for (int i = 0; i < kKeysPerThread; ++i) {
-      if (searching[i] >> lane & 1) {
-        int const mine = at + __popc(searching[i] & ((1u << lane) - 1));
-        queue.scores[mine] = u[i], queue.positions[mine] = base + i * kThreads + tid;
-      }
-      at += __popc(searching[i]);
-    }
-    __syncthreads();
-    for (int i = tid; i < queued; i += kThreads) {
-      float const u = queue.scores[i];
-      int const j = queue.positions[i];
-      int first = static_cast<int>((j + window) / chunk_size + 2), end = r.used_chunks;
-      while (first < end) {
-        int const middle = (first + end) / 2;
-        if (ranks_after(u, j, kth[middle])) {
-          end = middle;
-        } else {
-          first = middle + 1;
-        }
-      }
-      expiry[j] = end < r.used_chunks ? end * static_cast<int>(chunk_size) : r.valid;
-    }
-  }
+// Short chunks: where the keys of the round stand, and the thresholds of its chunks. They lie where
+// the list is sorted, or on their own where that is in global memory.
+constexpr std::size_t short_bytes(int num_warps) {
+  return round_keys(num_warps) * (sizeof(int) + sizeof(float));
 }
 
 template <int kWarps, bool kSharedList, bool kShort>
-__global__ void __launch_bounds__(kWarps * 32, kWarps == kWideWarps ? 1 : kNarrowBlocks)
+__global__ void __launch_bounds__(kWarps * 32, side_by_side(kWarps))
     states_kernel(SelectProblem p, SelectPlan plan, SelectWorkspace w) {
-  extern __shared__ __align__(16) unsigned char shared_memory[];
-  auto& shared = *reinterpret_cast<StatesShared<kWarps, kShort>*>(shared_memory);
+  constexpr int kThreads = kWarps * 32, kKeys = keys_per_thread(kWarps);
+  extern __shared__ __align__(16) std::byte shared_memory[];
+  auto& shared = *reinterpret_cast<StatesShared<kWarps>*>(shared_memory);
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int const row = blockIdx.x / plan.num_segments, segment_index = blockIdx.x % plan.num_segments;
   Row const r = row_of(p, row);
@@ -201,61 +161,46 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == kWideWarps ? 1 : kNarro
   Segment const segment(marks, segment_index, plan.num_segments);
   Config const config(p, r);
 
-  float* scores;
-  int* positions;
-  // Behind the shared struct: the critical keys where chunks are short, then the list.
-  std::size_t at = sizeof(StatesShared<kWarps, kShort>);
-  auto* const critical_keys = reinterpret_cast<CriticalKeys*>(shared_memory + at);
-  if constexpr (kShort) at += kWarps * sizeof(CriticalKeys);
-  if constexpr (kSharedList) {
-    scores = reinterpret_cast<float*>(shared_memory + at);
-    positions = reinterpret_cast<int*>(scores + plan.list_capacity);
-  } else {
-    scores = w.list_score + std::int64_t{blockIdx.x} * plan.list_capacity;
-    positions = w.list_position + std::int64_t{blockIdx.x} * plan.list_capacity;
-  }
-  float* const thresholds = static_cast<float*>(p.threshold) + r.chunks;
-  auto const store = [&](int chunk, State const& state) {
-    if (!kShort && plan.writes_expiry) {
-      shared.kth[chunk] = state.kth;
-    } else {
-      w.kth[r.chunks + chunk] = state.kth;
-    }
-    if (p.last_candidate) {
-      p.last_candidate[r.chunks + chunk] =
-          state.cut.position == INT_MAX || !config.rank_candidates ? -1 : state.cut.position;
-    }
-  };
+  // Behind the shared struct: the list, and room for sorting it.
+  std::byte* const behind = shared_memory + sizeof(StatesShared<kWarps>);
+  std::size_t const capacity = padded(plan.list_capacity);
+  SortedList list{
+      kSharedList ? reinterpret_cast<RankedKey*>(behind) : w.list + blockIdx.x * capacity, 0};
+  RankedKey* spare = kSharedList ? list.keys + capacity : w.spare + blockIdx.x * capacity;
 
+  auto const chunk_size = static_cast<unsigned>(p.chunk_size);
+  float* const thresholds = static_cast<float*>(p.threshold) + r.chunks;
+  std::int32_t* const last_candidate = p.last_candidate ? p.last_candidate + r.chunks : nullptr;
+  int* const expiry = p.expiry + r.expiry;
   if (segment_index == 0) {
     // Chunks whose pool is empty, and chunks that start behind the last key.
     int const first_chunk = min(marks.first_chunk(), r.used_chunks);
-    for (int c = threadIdx.x; c < r.num_chunks; c += kWarps * 32) {
-      if (c >= first_chunk && c < r.used_chunks) continue;
-      store(c, State{});
-      thresholds[c] = c < first_chunk ? -INFINITY : INFINITY;
+    for (int c = threadIdx.x; c < r.num_chunks; c += kThreads) {
+      bool const settled = c < first_chunk || c >= r.used_chunks;
+      if (settled) thresholds[c] = c < first_chunk ? -INFINITY : INFINITY;
+      if (last_candidate && (settled || !config.rank_candidates)) last_candidate[c] = -1;
     }
   }
-  if (segment.first >= segment.end) {
-    if (!kShort && plan.writes_expiry) {
-      __syncthreads();
-      write_expiry<kWarps * 32>(p, r, shared.kth, {scores, positions, 0}, shared.kept);
+  bool const is_last = marks.count == 0 ? segment_index == 0
+                                        : segment.first < segment.end && segment.end > marks.count;
+  if (is_last) {
+    // Keys in nobody's pool, and keys that do not exist.
+    for (int j = marks.pool_end(marks.count) + threadIdx.x; j < r.num_keys; j += kThreads) {
+      expiry[j] = j < r.valid ? r.valid : j;
     }
-    return;
   }
+  if (segment.first >= segment.end) return;
 
   State state;
+  RankedKey dropped{-INFINITY,
+                    INT_MAX};  // the last chunk's k-th key: old keys after it are expired
   float guess = -0.5f;
   float running = -INFINITY;
-  SortedList list{scores, positions, 0};
-  float* const spare_scores = w.spare_score + std::int64_t{blockIdx.x} * plan.spare_capacity;
-  int* const spare_positions = w.spare_position + std::int64_t{blockIdx.x} * plan.spare_capacity;
-  auto const insert = [&](int num_new, float low, float high, auto&& load) {
+  auto const insert = [&](float low, float high, auto&& for_each_new) {
     if constexpr (kSharedList) {
-      insert_sorted(list, list.count, num_new, low, high, spare_scores, spare_positions,
-                    shared.sort, load);
+      insert_sorted(list, spare, low, high, shared.sort, for_each_new);
     } else {
-      merge_sorted(list, list.count, num_new, spare_scores, spare_positions, shared.sort, load);
+      merge_sorted(list, spare, shared.sort, for_each_new);
     }
   };
 
@@ -267,7 +212,7 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == kWideWarps ? 1 : kNarro
           w.start_position + std::int64_t{blockIdx.x} * plan.start_capacity;
       int gathered = 0;
       auto const gather = [&](float const* from_scores, int const* from_positions, int count) {
-        for (int i = threadIdx.x; i < count; i += kWarps * 32) {
+        for (int i = threadIdx.x; i < count; i += kThreads) {
           start_scores[gathered + i] = from_scores[i];
           start_positions[gathered + i] = from_positions[i];
         }
@@ -286,170 +231,243 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == kWideWarps ? 1 : kNarro
                w.segment_count[row * plan.num_segments + g]);
       }
       __syncthreads();
-      BlockTeam<kWarps * 32> const team(&shared.exchange);
+      using Team = BlockTeam<kThreads>;  // works where the bins will be
+      static_assert(sizeof(typename Team::Exchange) <= sizeof(shared.sort.counters));
+      Team const team(reinterpret_cast<typename Team::Exchange*>(shared.sort.counters));
       float low, high;
       range_of(team, start_scores, gathered, low, high);
-      state = state_of(team, config, start_scores, start_positions, gathered,
-                       marks.pool_end(segment.first - 1), State{}, low, high, guess);
+      // Nothing is left out where there is room for all.
+      int const pool = marks.pool_end(segment.first - 1);
+      if (gathered > plan.list_capacity) {
+        state = state_of(team, config, start_scores, start_positions, gathered, pool, State{}, low,
+                         high, guess);
+        low = fmaxf(low, Filter(config, state).floor);
+      }
       Filter const filter(config, state);
-      insert(gathered, fmaxf(low, filter.floor), high, [&](int i, float& score, int& position) {
-        score = start_scores[i];
-        position = start_positions[i];
-        return filter.keeps(score, position);
+      __syncthreads();
+      insert(low, high, [&](auto&& use) {
+        for (int i = threadIdx.x; i < gathered; i += kThreads) {
+          float const u = start_scores[i];
+          if (filter.keeps(u, start_positions[i])) use(u, start_positions[i]);
+        }
       });
+      if (warp == 0) {
+        PoolWalker walker(config, list, guess);
+        walker.settle(pool);
+        if (lane == 0) shared.state = walker.state(), shared.size = walker.num_that_matter();
+      }
+      __syncthreads();
+      state = shared.state;
+      list.count = shared.size;
       running = state.threshold;
+      if (running > -INFINITY) guess = running - state.kth.score;
+      dropped = state.kth;
     }
   }
 
+  if (threadIdx.x == 0) shared.least = ~0u, shared.largest = 0u, shared.kept = 0;
+  __syncthreads();
   for (int first = segment.first; first < segment.end;) {
+    int const round_marks = min(plan.round_marks, segment.end - first);
     int const begin = marks.pool_end(first - 1);
-    Filter const filter(config, state);
-    float const* const new_scores = r.scores + begin * r.stride;
-    // Later than all before: equal to the floor is not enough.
-    auto const enters = [&](int i, float& score, int& position) {
-      position = begin + i;
-      score = sanitized(new_scores[i * r.stride]);
-      return score > filter.floor;
-    };
-    // As many marks as there is room for the keys that matter.
-    int round_marks = min(plan.round_marks, segment.end - first), num_new;
-    for (;;) {
-      __syncthreads();
-      if (threadIdx.x == 0) shared.least = ~0u, shared.largest = 0u, shared.kept = 0;
-      __syncthreads();
-      num_new = marks.pool_end(first + round_marks - 1) - begin;
-      float lowest = INFINITY, highest = -INFINITY;
-      int kept = 0;
-      float const* next_score = new_scores + threadIdx.x * r.stride;
-      std::int64_t const step_stride = kWarps * 32 * r.stride;
-      for (int base = threadIdx.x; base < num_new; base += kBatch * kWarps * 32) {
-        float u[kBatch];  // loaded together
-#pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-          bool const exists = base + j * kWarps * 32 < num_new;
-          u[j] = exists ? sanitized(next_score[j * step_stride]) : -INFINITY;
-        }
-        next_score += kBatch * step_stride;
-#pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-          if (u[j] > filter.floor) {
-            lowest = fminf(lowest, u[j]), highest = fmaxf(highest, u[j]);
-            ++kept;
-          }
-        }
-      }
-      unsigned least = lowest < INFINITY ? ordered(lowest) : ~0u;
-      unsigned largest = highest > -INFINITY ? ordered(highest) : 0u;
-      least = __reduce_min_sync(~0u, least), largest = __reduce_max_sync(~0u, largest);
-      kept = __reduce_add_sync(~0u, kept);
-      if (lane == 0) {
-        atomicMin(&shared.least, least);
-        atomicMax(&shared.largest, largest);
-        atomicAdd(&shared.kept, kept);
-      }
-      __syncthreads();
-      int const room = plan.list_capacity - list.count;
-      if (round_marks == 1 || shared.kept <= room) break;
-      round_marks = max(1, min(round_marks - 1,
-                               static_cast<int>(std::int64_t{round_marks} * room / shared.kept)));
-    }
-    float low = unordered(shared.least), high = unordered(shared.largest);
-    if (list.count > 0) {
-      low = fminf(low, list.scores[list.count - 1]);
-      high = fmaxf(high, list.scores[0]);
-    }
-    if (shared.kept > 0) {
-      insert(num_new, low, high, enters);
-    }
-
+    int const num_new = marks.pool_end(first + round_marks - 1) - begin;
     int const chunk_base = marks.chunk(first - 1) + 1;
+    int const round_chunks = marks.chunk(first + round_marks - 1) + 1 - chunk_base;
+
+    // Each thread holds its keys of the round: i * kThreads + thread.
+    // Later than all before: equal to the floor is not enough.
+    float const floor = Filter(config, state).floor;
+    float u[kKeys];
     {
-      PoolWalker walker(config, list, running, guess);
-      int const mine = round_marks * warp / kWarps, end = round_marks * (warp + 1) / kWarps;
-      for (int i = mine; i < end; ++i) {
-        int const pool = marks.pool_end(first + i), before = marks.pool_end(first + i - 1);
-        State const here =
-            i == mine ? walker.start(pool)
-                      : walker.advance(pool, pool - before, r.scores + before * r.stride, r.stride);
-        if (lane == 0) {
-          shared.marks[i] = here;
-          if (marks.completes_chunk(first + i)) {
-            int const chunk = marks.chunk(first + i);
-            shared.thresholds[chunk - chunk_base] = here.threshold;
-            store(chunk, here);
-          }
-        }
+      float const* next_score = r.scores + (begin + static_cast<int>(threadIdx.x)) * r.stride;
+#pragma unroll
+      for (int i = 0; i < kKeys; ++i) {
+        bool const exists = i * kThreads + static_cast<int>(threadIdx.x) < num_new;
+        u[i] = exists ? sanitized(*next_score) : -INFINITY;
+        next_score += kThreads * r.stride;
       }
-      if (lane == 0 && end == round_marks && mine < end) shared.size = walker.num_that_matter();
+    }
+    float lowest = INFINITY, highest = -INFINITY;
+    int kept = 0;
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      if (u[i] > floor) lowest = fminf(lowest, u[i]), highest = fmaxf(highest, u[i]), ++kept;
+    }
+    if (floor > -INFINITY) {
+      // The first chunk whose pool holds key j is (j + w) / C + 1: divided once, then stepped.
+      unsigned const shifted = begin + threadIdx.x + static_cast<unsigned>(p.window);
+      unsigned chunk = shifted / chunk_size + 1, rest = shifted % chunk_size;
+      unsigned const step_chunks = kThreads / chunk_size, step_rest = kThreads % chunk_size;
+#pragma unroll
+      for (int i = 0; i < kKeys; ++i) {
+        int const j = i * kThreads + static_cast<int>(threadIdx.x);
+        if (j < num_new && !(u[i] > floor))
+          expiry[begin + j] = static_cast<int>(chunk * chunk_size);
+        chunk += step_chunks, rest += step_rest;
+        if (rest >= chunk_size) ++chunk, rest -= chunk_size;
+      }
+    }
+    unsigned const least = __reduce_min_sync(~0u, lowest < INFINITY ? ordered(lowest) : ~0u);
+    unsigned const largest = __reduce_max_sync(~0u, highest > -INFINITY ? ordered(highest) : 0u);
+    kept = __reduce_add_sync(~0u, kept);
+    if (lane == 0) {
+      atomicMin(&shared.least, least);
+      atomicMax(&shared.largest, largest);
+      atomicAdd(&shared.kept, kept);
     }
     __syncthreads();
-    if constexpr (kShort) {
-      for (int i = warp; marks.chunks_per_mark > 1 && i < round_marks; i += kWarps) {
-        State const before = i == 0 ? state : shared.marks[i - 1], after = shared.marks[i];
-        BetweenMarks const between{marks,
-                                   list,
-                                   marks.pool_end(first + i - 1),
-                                   marks.pool_end(first + i),
-                                   marks.chunk(first + i - 1) + 1,
-                                   marks.chunk(first + i),
-                                   before,
-                                   after};
-        for (int c = between.first_chunk + lane; c < between.end_chunk; c += 32) {
-          // What holds where the pool is too small for a k-th key or a cut, and where k = 0.
-          State small;
-          if (config.k == 0 && marks.pool_end_of_chunk(c) > 0) {
-            small.kth = {INFINITY, -1};
-            small.threshold = INFINITY;
-          }
-          store(c, small);
-          shared.thresholds[c - chunk_base] = small.threshold;
+    if (shared.kept > 0) {
+      float low = unordered(shared.least), high = unordered(shared.largest);
+      if (list.count > 0) {
+        low = fminf(low, list.keys[list.count - 1].score);
+        high = fmaxf(high, list.keys[0].score);
+      }
+      insert(low, high, [&](auto&& use) {
+#pragma unroll
+        for (int i = 0; i < kKeys; ++i) {
+          if (u[i] > floor) use(u[i], begin + i * kThreads + static_cast<int>(threadIdx.x));
         }
-        bool const truncated = after.cut.position != INT_MAX;
-        bool settled = config.k == 0 || after.kth.position == INT_MAX;
-        CriticalKeys& critical = critical_keys[warp];
-        if (!settled) {
-          rank_between(between, critical, config.k, before.kth, after.kth,
-                       [&](int c, RankedKey const& kth) { w.kth[r.chunks + c] = kth; });
-          settled = thresholds_between(
-              between, critical, config.k, config.num_candidates,
-              [&](int c) { return w.kth[r.chunks + c].score; },
-              [&](int c, float threshold) { shared.thresholds[c - chunk_base] = threshold; });
-        }
-        if (settled && config.rank_candidates && truncated) {
-          rank_between(
-              between, critical, config.num_candidates, before.cut, after.cut,
-              [&](int c, RankedKey const& cut) { p.last_candidate[r.chunks + c] = cut.position; });
-        }
-        __syncwarp();
-        for (int c = between.first_chunk; !settled && c < between.end_chunk; ++c) {
-          State const here =
-              PoolWalker(config, list, running, guess).start(marks.pool_end_of_chunk(c));
-          if (lane == 0) {
-            shared.thresholds[c - chunk_base] = here.threshold;
-            store(c, here);
-          }
-          __syncwarp();
-        }
+      });
+    } else {
+      list.pad();
+      __syncthreads();
+    }
+
+    // NOTE: where the list is sorted in shared memory, that room is free until the next round.
+    int* const entry_of =
+        reinterpret_cast<int*>(kSharedList ? reinterpret_cast<std::byte*>(spare) : behind);
+    float* const short_thresholds = reinterpret_cast<float*>(entry_of + round_keys(kWarps));
+    bool const short_chunks = kShort && marks.chunks_per_mark > 1;
+    if (short_chunks) {
+      for (int i = threadIdx.x; i < num_new; i += kThreads) entry_of[i] = PoolWalker::kNone;
+      for (int c = threadIdx.x; c < round_chunks; c += kThreads) {
+        short_thresholds[c] = -INFINITY;  // of empty pools
       }
       __syncthreads();
+      for (int i = threadIdx.x; i < list.count; i += kThreads) {
+        int const position = list.keys[i].position;
+        if (position >= begin) entry_of[position - begin] = i;
+      }
+      __syncthreads();
+    }
+    {
+      PoolWalker walker(config, list, guess);
+      int const mine = first + round_marks * warp / kWarps;
+      int const end = first + round_marks * (warp + 1) / kWarps;
+      bool ends_round = end == first + round_marks && mine < end;
+      if (short_chunks) {
+        // NOTE: the more keys have been seen, the fewer of the next ones change a state. Equal ratios
+        // of pools are about equal work.
+        int const least_pool = min(max(begin, config.k), begin + num_new);
+        float const ratio = __log2f(static_cast<float>(begin + num_new) / max(least_pool, 1));
+        auto const boundary = [&](int w) {
+          if (w == 0 || w == kWarps) return w == 0 ? begin : begin + num_new;
+          float const pool = least_pool * exp2f(ratio * w / kWarps);
+          return min(begin + (static_cast<int>(pool) - begin + 31) / 32 * 32, begin + num_new);
+        };
+        int const from = boundary(warp), to = boundary(warp + 1);
+        ShortChunks const chunks{p,
+                                 r,
+                                 list,
+                                 entry_of,
+                                 short_thresholds,
+                                 begin,
+                                 chunk_base,
+                                 config.rank_candidates ? last_candidate : nullptr};
+        if (from < to) chunks.walk(walker, from, to);
+        ends_round = from < to && to == begin + num_new;
+      } else {
+        for (int mark = mine; mark < end; ++mark) {
+          bool const follows = mark > mine && walker.kth() != PoolWalker::kNone && config.k > 0;
+          int const pool = marks.pool_end(mark);
+          walker.start(pool, follows ? walker.tau() : running, follows);
+          if (lane == 0 && marks.completes_chunk(mark)) {
+            int const at = marks.chunk(mark) - chunk_base;
+            State const here = walker.state();
+            shared.thresholds[at] = here.threshold;
+            shared.kth[at] = walker.kth();
+            if (config.rank_candidates) {
+              last_candidate[chunk_base + at] =
+                  here.cut.position == INT_MAX ? -1 : here.cut.position;
+            }
+          }
+        }
+      }
+      if (lane == 0 && ends_round) {
+        shared.state = walker.state();
+        shared.last_kth = walker.kth();
+        shared.size = walker.num_that_matter();
+      }
+    }
+    __syncthreads();
+    state = shared.state;
+
+    // Expiry of what the round's chunks drop, and of what nobody does.
+    bool const ends_row = is_last && first + round_marks == segment.end;
+    if (!short_chunks) {
+      // The last chunk's pool before the round, or where it would end.
+      auto const pool_before = static_cast<int>((chunk_base - 1) * p.chunk_size - p.window);
+      float const per_key = 1.0f / static_cast<float>(chunk_size);
+      for (int i = threadIdx.x; i < list.count; i += kThreads) {
+        RankedKey const key = list.keys[i];
+        bool const is_old = key.position < pool_before;
+        if (is_old && ranks_after(key.score, key.position, dropped)) continue;
+        // The first of them that drops it: whose k-th key stands before it and whose pool holds it.
+        int chunk = 0;
+#pragma unroll
+        for (int step = max_round_marks(kWarps); step > 0; step /= 2) {
+          if (chunk + step <= round_chunks && shared.kth[chunk + step - 1] >= i) chunk += step;
+        }
+        if (!is_old) {
+          // NOTE: exact, since a round has few keys; one chunk is enough to tell where C is large.
+          int const in_chunks = key.position - pool_before;
+          int const first_pool = chunk_size > round_keys(kWarps)
+                                     ? in_chunks >= static_cast<int>(chunk_size)
+                                     : static_cast<int>((in_chunks + 0.5f) * per_key);
+          chunk = max(chunk, first_pool);
+        }
+        chunk += chunk_base;
+        if (chunk < chunk_base + round_chunks) {
+          expiry[key.position] = chunk * static_cast<int>(chunk_size);
+        } else if (ends_row) {
+          expiry[key.position] = r.valid;
+        } else if (i >= shared.size) {  // by the chunk that the next rounds complete
+          expiry[key.position] = (chunk_base + round_chunks) * static_cast<int>(chunk_size);
+        }
+      }
+      if (round_chunks > 0) {
+        int const last = shared.kth[round_chunks - 1];
+        if (last < 0) dropped = {INFINITY, -1};
+        if (last >= 0 && last != PoolWalker::kNone) dropped = list.keys[last];
+      }
+    } else if (ends_row) {
+      int const kept_end = min(shared.last_kth, list.count - 1);
+      for (int i = threadIdx.x; i <= kept_end; i += kThreads)
+        expiry[list.keys[i].position] = r.valid;
     }
 
     // Stored thresholds never fall, although rounding may differ from chunk to chunk.
-    state = shared.marks[round_marks - 1];
-    if (warp == 0) {
-      int const round_chunks = marks.chunk(first + round_marks - 1) - chunk_base + 1;
-      for (int base = 0; base < round_chunks; base += 32) {
-        int const i = base + lane;
-        float highest = i < round_chunks ? shared.thresholds[i] : -INFINITY;
-        for (int d = 1; d < 32; d *= 2) {
-          float const other = __shfl_up_sync(~0u, highest, d);
-          if (lane >= d) highest = fmaxf(highest, other);
-        }
-        highest = fmaxf(highest, running);
-        if (i < round_chunks) thresholds[chunk_base + i] = highest;
-        running = __shfl_sync(~0u, highest, 31);
+    float* const computed = short_chunks ? short_thresholds : shared.thresholds;
+    if (short_chunks) {  // many of them: by all warps, 32 at a time, then across these
+      for (int i = threadIdx.x; i - lane < round_chunks; i += kThreads) {
+        float const highest = prefix_max(i < round_chunks ? computed[i] : -INFINITY);
+        if (i < round_chunks) computed[i] = highest;
       }
-      if (lane == 0) shared.running = fmaxf(running, state.threshold);
+      __syncthreads();
+    }
+    for (int base = warp * 32; base < round_chunks; base += kThreads) {
+      float before = running;
+      for (int i = 32 * lane + 31; i < base; i += 32 * 32) before = fmaxf(before, computed[i]);
+      before = __shfl_sync(~0u, prefix_max(before), 31);
+      float highest = base + lane < round_chunks ? computed[base + lane] : -INFINITY;
+      if (!short_chunks) highest = prefix_max(highest);
+      highest = fmaxf(highest, before);
+      if (base + lane < round_chunks) thresholds[chunk_base + base + lane] = highest;
+      if (base + lane == round_chunks - 1) shared.running = fmaxf(highest, state.threshold);
+    }
+    if (threadIdx.x == 0) {
+      if (round_chunks == 0) shared.running = fmaxf(running, state.threshold);
+      shared.least = ~0u, shared.largest = 0u, shared.kept = 0;
     }
     if (state.threshold > -INFINITY) guess = state.threshold - state.kth.score;
     __syncthreads();
@@ -458,8 +476,6 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == kWideWarps ? 1 : kNarro
     list.count = shared.size;
     first += round_marks;
   }
-  if (!kShort && plan.writes_expiry)
-    write_expiry<kWarps * 32>(p, r, shared.kth, {scores, positions, 0}, shared.kept);
 }
 
 // Condenses the keys of each segment (kGroups: the candidates of each group of segments) to the
@@ -506,22 +522,31 @@ __global__ void __launch_bounds__(kCondenseThreads)
     }
   }
   __syncthreads();
-  int size = 0;
-  if (count > 0) {
-    BlockTeam<kCondenseThreads> const team(&exchange);
-    float low, high;
-    range_of(team, scores, count, low, high);
-    State const state =
-        state_of(team, config, scores, positions, count, pool, State{}, low, high, -0.5f);
+  BlockTeam<kCondenseThreads> const team(&exchange);
+  auto const keep = [&](State const& state) {
     Filter const filter(config, state);
-    size = compaction.append(count, 0, scores, positions, parity,
-                             [&](int i, float& score, int& position) {
-                               score = scores[i];
-                               position = positions[i];
-                               return filter.keeps(score, position);
-                             });
+    count = compaction.append(count, 0, scores, positions, parity,
+                              [&](int i, float& score, int& position) {
+                                score = scores[i];
+                                position = positions[i];
+                                return filter.keeps(score, position);
+                              });
+    __syncthreads();
+  };
+  int const m = config.num_candidates;
+  float low, high;
+  if (count > m && m > 0) {
+    range_of(team, scores, count, low, high);
+    State state;
+    state.cut = select_cut(team, scores, positions, count, m, low, high);
+    keep(state);
   }
-  if (threadIdx.x == 0) (kGroups ? w.group_count : w.segment_count)[blockIdx.x] = size;
+  // Of many candidates those below the threshold are left out, too.
+  if (count > kManyCandidates || m == 0) {
+    range_of(team, scores, count, low, high);
+    keep(state_of(team, config, scores, positions, count, pool, State{}, low, high, -0.5f));
+  }
+  if (threadIdx.x == 0) (kGroups ? w.group_count : w.segment_count)[blockIdx.x] = count;
 }
 
 // Thresholds never fall from segment to segment either. One block per segment; the last threshold
@@ -551,8 +576,7 @@ template <int kWarps, bool kSharedList, bool kShort>
 void launch_states_kernel(SelectProblem const& p, SelectPlan const& plan, SelectWorkspace const& w,
                           cudaStream_t stream) {
   auto* const kernel = states_kernel<kWarps, kSharedList, kShort>;
-  std::size_t const bytes = states_shared_bytes(plan) +
-                            (kSharedList ? plan.list_capacity * (sizeof(float) + sizeof(int)) : 0);
+  std::size_t const bytes = states_shared_bytes(plan);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(bytes)),
         "select states kernel: shared memory");
@@ -564,10 +588,13 @@ void launch_states_kernel(SelectProblem const& p, SelectPlan const& plan, Select
 }  // namespace
 
 std::size_t states_shared_bytes(SelectPlan const& plan) {
-  std::size_t const critical = plan.num_warps * sizeof(CriticalKeys);
-  if (plan.num_warps == kWideWarps) return sizeof(StatesShared<kWideWarps, true>) + critical;
-  return plan.short_chunks ? sizeof(StatesShared<kNarrowWarps, true>) + critical
-                           : sizeof(StatesShared<kNarrowWarps, false>);
+  std::size_t const fixed = plan.num_warps == kNarrowWarps   ? sizeof(StatesShared<kNarrowWarps>)
+                            : plan.num_warps == kMiddleWarps ? sizeof(StatesShared<kMiddleWarps>)
+                                                             : sizeof(StatesShared<kWideWarps>);
+  std::size_t const list = plan.shared_list ? padded(plan.list_capacity) * sizeof(RankedKey) : 0;
+  // What short chunks need is no more than one of the list's two buffers.
+  std::size_t const for_short = plan.short_chunks ? short_bytes(plan.num_warps) : 0;
+  return fixed + (plan.shared_list ? 2 * list : for_short);
 }
 
 void launch_states(SelectProblem const& p, SelectPlan const& plan, SelectWorkspace const& w,
@@ -576,14 +603,19 @@ void launch_states(SelectProblem const& p, SelectPlan const& plan, SelectWorkspa
   if (plan.num_segments > 1) {
     condense_kernel<false><<<segments, kCondenseThreads, 0, stream>>>(p, plan, w);
     check_launch("select condense kernel");
-    condense_kernel<true>
-        <<<static_cast<unsigned>(plan.rows) * plan.num_groups, kCondenseThreads, 0, stream>>>(
-            p, plan, w);
-    check_launch("select condense kernel");
+    if (plan.num_groups > 1) {
+      condense_kernel<true>
+          <<<static_cast<unsigned>(plan.rows) * plan.num_groups, kCondenseThreads, 0, stream>>>(
+              p, plan, w);
+      check_launch("select condense kernel");
+    }
   }
   if (plan.num_warps == kWideWarps) {
     plan.shared_list ? launch_states_kernel<kWideWarps, true, true>(p, plan, w, stream)
                      : launch_states_kernel<kWideWarps, false, true>(p, plan, w, stream);
+  } else if (plan.num_warps == kMiddleWarps) {
+    plan.short_chunks ? launch_states_kernel<kMiddleWarps, true, true>(p, plan, w, stream)
+                      : launch_states_kernel<kMiddleWarps, true, false>(p, plan, w, stream);
   } else {
     plan.short_chunks ? launch_states_kernel<kNarrowWarps, true, true>(p, plan, w, stream)
                       : launch_states_kernel<kNarrowWarps, true, false>(p, plan, w, stream);

@@ -1,6 +1,5 @@
-// The state of one pool after another, by a warp, over a sorted list: the k-th ranked key and the
-// threshold move little when keys are added, so each is a place in the list that is walked on from
-// mark to mark.
+// The states of one pool after another, by a warp, over a sorted list: the k-th ranked key, the
+// last candidate and the threshold are places in the list.
 //
 // A pool is the entries of the list whose position is less than `pool`; keys that rank after all of
 // the list matter to nobody.
@@ -12,6 +11,19 @@
 #include "cuda/portable/select/state.cuh"
 
 namespace sparsek::cuda::portable {
+
+// The largest float below a finite one.
+__device__ inline float float_below(float u) {
+  int const bits = __float_as_int(u);
+  return __int_as_float(u > 0.0f ? bits - 1 : u < 0.0f ? bits + 1 : static_cast<int>(0x80000001u));
+}
+
+// The stored threshold: rounded down, below the k-th score. The sums' rounding errors lie far below
+// the margin.
+__device__ inline float rounded_threshold(double tau, float kth) {
+  double const margin = (fabs(tau) + 1.0) * 0x1p-42;
+  return fminf(__double2float_rd(tau - margin), float_below(kth));
+}
 
 // How many of the entries [0, count) come before the first for which not holds(i); by a warp, 32
 // probes at a time.
@@ -29,277 +41,380 @@ __device__ int count_prefix(int count, Holds holds) {
   return first;
 }
 
-// Where the rank-th key of the pool stands in the list.
-struct RankWalker {
-  int index = -1;  // -1: the pool holds no more than `rank` keys
-
-  __device__ bool started() const { return index >= 0; }
-
-  // From the top. The pool holds at least `rank` entries.
-  __device__ void start(SortedList const& list, int pool, int rank) {
-    int const lane = threadIdx.x % 32;
-    for (int base = 0; base < list.count; base += 32) {
-      int const i = base + lane;
-      unsigned const in = __ballot_sync(~0u, i < list.count && list.positions[i] < pool);
-      int const n = __popc(in);
-      if (n >= rank) {
-        index = base + nth_bit(in, rank);
-        return;
-      }
-      rank -= n;
-    }
-    index = list.count - 1;
-  }
-
-  // After the pool grew by keys of which `num_better` rank before the place.
-  __device__ void advance(SortedList const& list, int pool, int num_better) {
-    int const lane = threadIdx.x % 32;
-    while (num_better > 0 && index > 0) {
-      int const i = index - 1 - lane;
-      unsigned const in = __ballot_sync(~0u, i >= 0 && list.positions[i] < pool);
-      int const n = __popc(in);
-      if (n >= num_better) {
-        index -= 1 + nth_bit(in, num_better);
-        return;
-      }
-      num_better -= n;
-      index = max(index - 32, 0);
-    }
-  }
-
-  __device__ RankedKey key(SortedList const& list) const {
-    return {list.scores[index], list.positions[index]};
-  }
-};
-
-// The stored threshold: rounded down, below the k-th score. The sums' rounding errors lie far below
-// the margin.
-__device__ inline float rounded_threshold(double tau, float kth) {
-  double const margin = (fabs(tau) + 1.0) * 0x1p-42;
-  return fminf(__double2float_rd(tau - margin), nextafterf(kth, -INFINITY));
-}
-
-// tau = sup{tau : sum_j clip(u_j - tau, 0, 1) >= k} over the pool's entries before `limit`.
+// The state of a growing pool. Everything is the same on every lane.
 //
-// The sum is a non-increasing, piecewise linear function of tau: `saturated` + `sum` - `interior` *
-// tau, where the saturated entries [0, first_interior) have u > tau + 1 and the interior ones
-// [first_interior, end) have u > tau. Newton steps within a bracket; a step that crosses no entry
-// is the exact solution.
-struct ThresholdWalker {
-  double tau = INFINITY;                  // where it stands
-  float zero = INFINITY, one = INFINITY;  // u > tau if and only if u > zero; u > tau + 1 if u > one
-  int first_interior = 0, end = 0;
-  int saturated = 0, interior = 0;
-  double sum = 0.0;  // of the interior scores
-
-  // Moves to `next`, and the end to at most `limit`. Says whether the sum's terms changed.
-  __device__ bool move(SortedList const& list, int pool, int limit, double next) {
-    int const lane = threadIdx.x % 32;
-    int const old_saturated = saturated, old_interior = interior;
-    double change = 0.0;
-    bool const from_nowhere = tau == INFINITY, up = next >= tau;
-    tau = next, zero = __double2float_rd(next), one = __double2float_rd(next + 1.0);
-    auto const in_pool = [&](int i) { return list.positions[i] < pool; };
-    if (from_nowhere) {
-      limit = min(limit, list.count);
-      first_interior = count_prefix(limit, [&](int i) { return list.scores[i] > one; });
-      end = count_prefix(limit, [&](int i) { return list.scores[i] > zero; });
-      int num_saturated = 0, num_interior = 0;
-#pragma unroll 2
-      for (int i = lane; i < first_interior; i += 32) num_saturated += in_pool(i);
-#pragma unroll 2
-      for (int i = first_interior + lane; i < end; i += 32) {
-        if (in_pool(i)) change += list.scores[i], ++num_interior;
-      }
-      saturated = __reduce_add_sync(~0u, num_saturated);
-      interior = __reduce_add_sync(~0u, num_interior);
-    } else if (up) {
-      while (first_interior > 0) {
-        int const i = first_interior - 1 - lane;
-        float const u = i >= 0 ? list.scores[i] : INFINITY;
-        unsigned const leaves = __ballot_sync(~0u, u <= one);
-        bool const counts = u <= one && in_pool(i);
-        if (counts) change += u;
-        int const n = __popc(__ballot_sync(~0u, counts));
-        saturated -= n, interior += n;
-        first_interior -= __popc(leaves);
-        if (leaves != ~0u) break;
-      }
-      while (end > 0) {
-        int const i = end - 1 - lane;
-        float const u = i >= 0 ? list.scores[i] : INFINITY;
-        bool const leaves = i >= 0 && (i >= limit || u <= zero);
-        unsigned const leaving = __ballot_sync(~0u, leaves);
-        bool const counts = leaves && in_pool(i);
-        if (counts) change -= u;
-        interior -= __popc(__ballot_sync(~0u, counts));
-        end -= __popc(leaving);
-        if (leaving != ~0u) break;
-      }
-    } else {
-      // NOTE: a saturated score never enters the sum, however large it is.
-      limit = min(limit, list.count);
-      for (;;) {
-        int const i = first_interior + lane;
-        float const u = i < limit ? list.scores[i] : -INFINITY;
-        unsigned const entering = __ballot_sync(~0u, u > one);
-        bool const counts = u > one && in_pool(i), was_interior = counts && i < end;
-        if (was_interior) change -= u;
-        saturated += __popc(__ballot_sync(~0u, counts));
-        interior -= __popc(__ballot_sync(~0u, was_interior));
-        first_interior += __popc(entering);
-        if (entering != ~0u) break;
-      }
-      end = max(end, first_interior);
-      for (;;) {
-        int const i = end + lane;
-        float const u = i < limit ? list.scores[i] : -INFINITY;
-        unsigned const entering = __ballot_sync(~0u, u > zero);
-        bool const counts = u > zero && in_pool(i);
-        if (counts) change += u;
-        interior += __popc(__ballot_sync(~0u, counts));
-        end += __popc(entering);
-        if (entering != ~0u) break;
-      }
-    }
-    // NOTE: entries cross one boundary or the other in one direction, so equal numbers mean that
-    // none did.
-    if (saturated == old_saturated && interior == old_interior && !from_nowhere) return false;
-    sum += WarpTeam(nullptr).sum(change);
-    return true;
-  }
-
-  // Whether no entry of the list, in the pool or not, lies between tau or tau + 1 and where `next`
-  // would put them.
-  __device__ bool crosses_nothing(SortedList const& list, int limit, double next) const {
-    float const next_zero = __double2float_rd(next), next_one = __double2float_rd(next + 1.0);
-    auto const above = [&](int i, float bound) { return list.scores[i] > bound; };
-    return end <= limit && (end == 0 || above(end - 1, next_zero)) &&
-           (end >= limit || !above(end, next_zero)) &&
-           (first_interior == 0 || above(first_interior - 1, next_one)) &&
-           (first_interior >= limit || !above(first_interior, next_one));
-  }
-
-  // The stored threshold of the pool, whose k-th score is `kth`: rounded down, below kth. `guess`:
-  // where to begin if nothing is known.
-  __device__ float solve(SortedList const& list, int pool, int limit, int k, float kth,
-                         double least, double guess) {
-    // NOTE: below kth even where a float is more than 1 wide, so that the k-th key itself stays in.
-    double const below_kth = nextafterf(kth, -INFINITY);
-    double lowest = fmax(fmin(kth - 1.0, below_kth), least), highest = kth;
-    double next = tau < INFINITY ? tau : guess;
-    if (!(next >= lowest && next < highest)) next = lowest;
-    bool newton = false, last = false;
-    for (int step = 0; step < 100; ++step) {
-      if (newton && crosses_nothing(list, limit, next)) {
-        tau = next, zero = __double2float_rd(next), one = __double2float_rd(next + 1.0);
-        break;
-      }
-      bool const changed = move(list, pool, limit, next);
-      if (last || (newton && !changed)) break;
-      double const excess = saturated + sum - k;
-      if (excess - interior * tau >= 0.0) {
-        lowest = tau;
-      } else {
-        highest = tau;
-      }
-      next = interior > 0 ? excess / interior : INFINITY;
-      if (next == tau) break;
-      newton = next >= lowest && next < highest;
-      if (!newton) {
-        next = 0.5 * (lowest + highest);
-        last = !(next > lowest && next < highest);
-        if (last) next = lowest;
-      }
-    }
-    return rounded_threshold(tau, kth);
-  }
-};
-
-// All of it: the state of one pool after another. Everything is the same on every lane.
+// The threshold solves sum_j clip(u_j - tau, 0, 1) = k over the pool's candidates. The sum less k is a
+// non-increasing, piecewise linear function of tau: `excess` - `interior` * tau, where the saturated
+// entries [0, first_interior) have u > tau + 1 and count 1 each in `excess`, and the interior ones
+// [first_interior, end) have u > tau and count u. A piece ends where an entry leaves (tau = u) or a
+// saturated one becomes interior (tau = u - 1). Pieces are walked up or down, entry by entry, to the
+// one that holds the solution.
 class PoolWalker {
  public:
-  // `least`: no threshold lies below it; `guess`: threshold - k-th score, roughly.
-  __device__ PoolWalker(Config const& config, SortedList const& list, float least, float guess)
-      : config_(config), list_(list), least_(least), guess_(guess) {}
+  static constexpr int kNone = INT_MAX;
 
-  // The first pool.
-  __device__ State start(int pool) { return settle(pool, 0, 0); }
+  // `guess`: threshold - k-th score, roughly.
+  __device__ PoolWalker(Config const& config, SortedList const& list, float guess)
+      : config_(config), list_(list), guess_(guess), end_(list.count) {}
 
-  // A larger pool, whose `num_new` new keys have the (unsanitized) scores new_scores[i * stride].
-  __device__ State advance(int pool, int num_new, float const* new_scores, std::int64_t stride) {
-    int better_kth = 0, better_cut = 0;
-    if (kth_.started() || cut_.started()) {
-      int const lane = threadIdx.x % 32;
-      float const kth_score = kth_.started() ? kth_.key(list_).score : INFINITY;
-      float const cut_score = cut_.started() ? cut_.key(list_).score : -INFINITY;
-      float const floor = fmaxf(threshold_.zero, cut_score);
-      double change = 0.0;
-      new_scores += lane * stride;
-#pragma unroll 4
-      for (int base = 0; base < num_new; base += 32) {
-        // Later than all before: equal to a score is not enough.
-        float const u = base + lane < num_new ? sanitized(*new_scores) : -INFINITY;
-        new_scores += 32 * stride;
-        better_kth += __popc(__ballot_sync(~0u, u > kth_score));
-        if (cut_.started()) better_cut += __popc(__ballot_sync(~0u, u > cut_score));
-        bool const is_interior = u > floor && u <= threshold_.one;
-        if (is_interior) change += u;
-        threshold_.interior += __popc(__ballot_sync(~0u, is_interior));
-        threshold_.saturated += __popc(__ballot_sync(~0u, u > threshold_.one));
-      }
-      threshold_.sum += WarpTeam(nullptr).sum(change);
-    }
-    return settle(pool, better_kth, better_cut);
-  }
-
-  // How many entries, from the top, matter to pools that hold all of the list.
-  __device__ int num_that_matter() const {
-    if (config_.rank_candidates) return cut_.started() ? cut_.index + 1 : list_.count;
-    if (config_.k == 0) return 0;
-    return kth_.started() ? threshold_.end : list_.count;
-  }
-
- private:
-  __device__ void walk(RankWalker& walker, int pool, int rank, int num_better) {
-    if (walker.started()) {
-      walker.advance(list_, pool, num_better);
-    } else {
-      walker.start(list_, pool, rank);
-    }
-  }
-
-  __device__ State settle(int pool, int better_kth, int better_cut) {
-    State state;
+  // Any pool. `least`: no threshold lies below it; where the threshold of a smaller pool is known,
+  // it is the best guess.
+  __device__ void start(int pool, double least, bool guess_least) {
     int const k = config_.k, m = config_.num_candidates;
-    if (pool <= k) return state;
-    if (config_.rank_candidates ? pool > m : cut_.started()) walk(cut_, pool, m, better_cut);
+    kth_ = cut_ = kNone;
+    end_ = list_.count;
+    if (pool <= k) return;
+    if (config_.rank_candidates && pool > m) cut_ = rank_index(pool, m);
     if (k == 0) {
+      kth_ = -1, end_ = 0;
+      return;
+    }
+    kth_ = rank_index(pool, k);
+    double guess = guess_least ? least : list_.keys[kth_].score + guess_;
+    for (;;) {
+      solve(pool, least, guess);
+      if (cut_ != kNone || positive_ <= m) break;
+      // Only now does it matter which keys are candidates. The threshold falls.
+      cut_ = rank_index(pool, m);
+      guess = tau();
+    }
+  }
+
+  // Entries from here on matter to no later pool.
+  __device__ int num_that_matter() const {
+    if (config_.rank_candidates) return cut_ == kNone ? list_.count : cut_ + 1;
+    return end_;
+  }
+
+  // The place of the k-th key: -1 if k = 0, kNone if the pool holds no more than k keys.
+  __device__ int kth() const { return kth_; }
+  __device__ int cut() const { return cut_; }
+  // Where k > 0 and kth() is known.
+  __device__ double tau() const { return excess_ / interior_; }
+
+  __device__ State state() const {
+    State state;
+    if (cut_ != kNone) state.cut = list_.keys[cut_];
+    if (kth_ == kNone) return state;
+    if (kth_ < 0) {
       state.kth = {INFINITY, -1};
       state.threshold = INFINITY;
     } else {
-      walk(kth_, pool, k, better_kth);
-      state.kth = kth_.key(list_);
-      for (;;) {
-        int const limit = cut_.started() ? cut_.index + 1 : list_.count;
-        double const least = threshold_.tau < INFINITY ? threshold_.tau : least_;
-        state.threshold = threshold_.solve(list_, pool, limit, k, state.kth.score, least,
-                                           state.kth.score + guess_);
-        if (cut_.started() || threshold_.saturated + threshold_.interior <= m) break;
-        // Only now does it matter which keys are candidates. The threshold falls.
-        walk(cut_, pool, m, 0);
-        threshold_ = {};
+      state.kth = list_.keys[kth_];
+      state.threshold = rounded_threshold(tau(), state.kth.score);
+    }
+    return state;
+  }
+
+  // The state after one of several keys.
+  struct Here {
+    int kth, cut;
+    int evicted;  // the entry that the key drives out of the first k; kNone: none, or the key itself
+    double excess, interior;
+
+    __device__ float threshold(SortedList const& list) const {
+      if (kth == kNone) return -INFINITY;
+      return kth < 0 ? INFINITY : rounded_threshold(excess / interior, list.keys[kth].score);
+    }
+  };
+
+  // 32 keys enter the pool one after another: those at the positions `base` + lane, which stand at
+  // entry `index` of the list (kNone: not there).
+  __device__ Here enter(int base, int index) {
+    if (kth_ == kNone && base + 32 <= config_.k)
+      return {kNone, kNone, kNone};  // not yet more than k
+    bool const counts = index < end_;
+    unsigned const counting = __ballot_sync(~0u, counts);
+    bool const is_plain = kth_ != kNone && kth_ >= 0 && cut_ == kNone && !config_.rank_candidates &&
+                          positive_ + __popc(counting) <= config_.num_candidates;
+    return is_plain ? enter_together(base, index, counting) : enter_singly(base, index);
+  }
+
+  // The state of the pool that all new keys have entered.
+  __device__ void settle(int pool) {
+    int const k = config_.k, m = config_.num_candidates;
+    bool anew = kth_ == kNone;
+    if (!anew) {
+      if (cut_ != kNone) {
+        cut_ = advance(cut_, pool, better_cut_);
+      } else if (config_.rank_candidates && pool > m) {
+        cut_ = rank_index(pool, m);
+      }
+      if (k > 0) {
+        if (cut_ != kNone) drop_behind(cut_ + 1, pool);
+        kth_ = advance(kth_, pool, better_kth_);
+        anew = cut_ == kNone && positive_ > m;
+        if (!anew) raise(pool);
       }
     }
-    if (cut_.started()) state.cut = cut_.key(list_);
-    return state;
+    better_kth_ = better_cut_ = 0;
+    if (anew) start(pool, -INFINITY, false);
+  }
+
+ private:
+  __device__ bool in_pool(int index, int pool) const { return list_.keys[index].position < pool; }
+
+  // Where all keys above the threshold are candidates. Sums, and with them where pieces end, are
+  // those of each lane; what crosses is settled in the order of time.
+  __device__ Here enter_together(int base, int index, unsigned counting) {
+    int const lane = threadIdx.x % 32;
+    unsigned const upto = (2u << lane) - 1;
+    Here here{kth_, kNone, kNone};
+    for (unsigned better = __ballot_sync(~0u, index < kth_); better; better &= better - 1) {
+      int const source = __ffs(better) - 1;
+      if (__shfl_sync(~0u, index, source) >= kth_) continue;  // by now
+      if (lane == source) here.evicted = kth_;
+      do --kth_;
+      while (kth_ > 0 && list_.keys[kth_].position > base + source);
+      if (lane >= source) here.kth = kth_;
+    }
+    if (counting) {
+      bool const counts = counting >> lane & 1, saturates = index < first_interior_;
+      unsigned const interiors = __ballot_sync(~0u, counts && !saturates);
+      here.excess = saturates ? 1.0 : counts ? score_of(index) : 0.0;
+#pragma unroll
+      for (int d = 1; d < 32; d *= 2) {
+        double const other = __shfl_up_sync(~0u, here.excess, d);
+        if (lane >= d) here.excess += other;
+      }
+      here.excess += excess_;
+      here.interior = interior_ + __popc(interiors & upto);
+      int positive = positive_ + __popc(counting & upto);
+      // As raise() does.
+      double next_enters = this->next_enters(), next_leaves = this->next_leaves(-1);
+      unsigned open = ~0u;  // lanes whose state is not known yet
+      for (;;) {
+        auto const is_beyond = [&](double tau) {
+          return fma(-here.interior, tau, here.excess) >= 0.0;
+        };
+        unsigned const enters = __ballot_sync(~0u, is_beyond(next_enters)) & open;
+        unsigned const leaves =
+            __ballot_sync(~0u, end_ > here.kth + 1 && is_beyond(next_leaves)) & open;
+        if ((enters | leaves) == 0) break;
+        int const first = __ffs(enters | leaves) - 1;
+        open = ~0u << first;
+        if (enters >> first & 1) {
+          RankedKey const key = list_.keys[--first_interior_];
+          if (lane >= first && base + lane >= key.position) {
+            here.excess += key.score - 1.0, here.interior += 1.0;
+          }
+          next_enters = this->next_enters();
+        } else {
+          RankedKey const key = list_.keys[--end_];
+          if (lane >= first && base + lane >= key.position) {
+            here.excess -= key.score, here.interior -= 1.0, --positive;
+            if (here.interior == 0.0) here.excess = positive - config_.k;
+          }
+          next_leaves = this->next_leaves(-1);
+        }
+      }
+      excess_ = __shfl_sync(~0u, here.excess, 31);
+      interior_ = __shfl_sync(~0u, here.interior, 31);
+      positive_ = __shfl_sync(~0u, positive, 31);
+    } else {
+      here.excess = excess_, here.interior = interior_;
+    }
+    return here;
+  }
+
+  // Whatever the state is.
+  __device__ Here enter_singly(int base, int index) {
+    int const lane = threadIdx.x % 32;
+    Here here{kth_, cut_, kNone, excess_, interior_};
+    for (unsigned matters = __ballot_sync(~0u, index < num_that_matter()); matters;
+         matters &= matters - 1) {
+      int const source = __ffs(matters) - 1, before = kth_, pool = base + source + 1;
+      int const entering = __shfl_sync(~0u, index, source);
+      if (entering >= num_that_matter()) continue;  // by now
+      enter(entering);
+      settle(pool);
+      if (lane < source) continue;
+      here.kth = kth_, here.cut = cut_, here.excess = excess_, here.interior = interior_;
+      if (lane == source && kth_ != before && entering <= kth_) {
+        // The entry after the first k: where there were no more than k keys, the last one in the pool.
+        here.evicted = before;
+        if (before == kNone) {
+          here.evicted = kth_ + 1;
+          while (!in_pool(here.evicted, pool)) ++here.evicted;
+        }
+      }
+    }
+    return here;
+  }
+
+  // A new key of the pool: entry `index`. Its pool's state is known after settle.
+  __device__ void enter(int index) {
+    better_kth_ += index < kth_, better_cut_ += index < cut_;
+    if (index >= end_ || kth_ == kNone) return;
+    ++positive_;
+    if (index < first_interior_) {
+      excess_ += 1.0;
+    } else {
+      excess_ += list_.keys[index].score, interior_ += 1.0;
+    }
+  }
+
+  // Where the rank-th key of the pool stands; the pool has that many entries.
+  __device__ int rank_index(int pool, int rank) const {
+    int const lane = threadIdx.x % 32;
+    for (int base = 0; base < list_.count; base += 64) {
+      unsigned in = __ballot_sync(~0u, in_pool(base + lane, pool));
+      unsigned const next_in =
+          __ballot_sync(~0u, in_pool(min(base + 32 + lane, list_.count), pool));
+      int const n = __popc(in), next_n = __popc(next_in);
+      if (n + next_n < rank) {
+        rank -= n + next_n;
+        continue;
+      }
+      if (n < rank) rank -= n, in = next_in, base += 32;
+      bool const mine = (in >> lane & 1) && __popc(in & ((1u << lane) - 1)) == rank - 1;
+      return base + __ffs(__ballot_sync(~0u, mine)) - 1;
+    }
+    return list_.count - 1;
+  }
+
+  // Moves up by `n` entries of the pool.
+  __device__ int advance(int index, int pool, int n) const {
+    while (n > 0 && index > 0) n -= in_pool(--index, pool);
+    return index;
+  }
+
+  __device__ int limit() const { return cut_ == kNone ? list_.count : cut_ + 1; }
+
+  // The piece that tau lies on, from nothing.
+  __device__ void evaluate(int pool, double tau) {
+    int const lane = threadIdx.x % 32, limit = this->limit();
+    RankedKey const* const keys = list_.keys;
+    float const zero = __double2float_rd(tau), one = __double2float_rd(tau + 1.0);
+    first_interior_ = count_prefix(limit, [&](int i) { return keys[i].score > one; });
+    RankedKey const* const interior_keys = keys + first_interior_;
+    int const num_interior =
+        count_prefix(limit - first_interior_, [&](int i) { return interior_keys[i].score > zero; });
+    end_ = first_interior_ + num_interior;
+    int saturated = 0, interior = 0;
+#pragma unroll 4
+    for (int i = lane; i < first_interior_; i += 32) saturated += keys[i].position < pool;
+    double sum = 0.0;
+#pragma unroll 4
+    for (int i = lane; i < num_interior; i += 32) {
+      RankedKey const key = interior_keys[i];
+      bool const in = key.position < pool;
+      interior += in;
+      sum += in ? key.score : 0.0f;
+    }
+    saturated = __reduce_add_sync(~0u, saturated);
+    interior = __reduce_add_sync(~0u, interior);
+    positive_ = saturated + interior;
+    interior_ = interior;
+    excess_ = saturated - config_.k + WarpTeam(nullptr).sum(sum);
+  }
+
+  // From nothing; the k-th key and the last candidate are known.
+  __device__ void solve(int pool, double least, double guess) {
+    // NOTE: below the k-th key even where a float is more than 1 wide, so that it stays in.
+    double const kth = list_.keys[kth_].score;
+    double const lowest = fmax(kth - fmax(1.0, fabs(kth) * 0x1p-22), least);
+    double at, next = guess > lowest && guess < kth ? guess : lowest;
+    // Newton steps, until what lies between is little enough to be walked.
+    constexpr int kFar = 24, kMaxSteps = 5;
+    for (int step = 0; step < kMaxSteps; ++step) {
+      at = next;
+      evaluate(pool, at);
+      next = interior_ > 0.0 ? tau() : excess_ < 0.0 ? lowest : at;
+      next = fmin(fmax(next, lowest), kth);
+      auto const score = [&](int i) { return list_.keys[i].score; };
+      bool const far_up = (end_ > kFar && score(end_ - kFar) <= next) ||
+                          (first_interior_ > kFar && score(first_interior_ - kFar) - 1.0 <= next);
+      bool const far_down =
+          (end_ + kFar < limit() && score(end_ + kFar) > next) ||
+          (first_interior_ + kFar < end_ && score(first_interior_ + kFar) - 1.0 > next);
+      if (!far_up && !far_down) break;
+    }
+    if (excess_at(at) >= 0.0) {
+      raise(pool);
+    } else {
+      lower(pool);
+    }
+  }
+
+  // The sum less k at `tau` if that lies on the piece.
+  __device__ double excess_at(double tau) const { return fma(-interior_, tau, excess_); }
+
+  // Without interior entries the excess is a whole number, whatever sums have left of others.
+  __device__ void leave_interior(float score) {
+    excess_ -= score, interior_ -= 1.0, --positive_;
+    if (interior_ == 0.0) excess_ = positive_ - config_.k;
+  }
+
+  __device__ double score_of(int index) const { return list_.keys[index].score; }
+
+  // Where, going up, the last saturated entry becomes interior and where the last interior one
+  // leaves. Candidates no later than the k-th key never do, whatever rounding says.
+  __device__ double next_enters() const {
+    return first_interior_ > 0 ? score_of(first_interior_ - 1) - 1.0 : INFINITY;
+  }
+  __device__ double next_leaves(int kth) const {
+    return end_ > kth + 1 ? score_of(end_ - 1) : INFINITY;
+  }
+
+  // Up to the solution. NOTE: where the piece would end by a saturated entry with the sum still at k
+  // or above, that may be crossed even if another entry leaves before; not the other way round.
+  __device__ void raise(int pool) {
+    double enters = next_enters(), leaves = next_leaves(kth_);
+    for (;;) {
+      if (excess_at(enters) >= 0.0) {
+        RankedKey const key = list_.keys[--first_interior_];
+        if (key.position < pool) excess_ += key.score - 1.0, interior_ += 1.0;
+        enters = next_enters();
+      } else if (excess_at(leaves) >= 0.0) {
+        RankedKey const key = list_.keys[--end_];
+        if (key.position < pool) leave_interior(key.score);
+        leaves = next_leaves(kth_);
+      } else {
+        break;
+      }
+    }
+  }
+
+  // Down to the solution.
+  __device__ void lower(int pool) {
+    int const limit = this->limit();
+    for (;;) {
+      if (end_ < limit && excess_at(score_of(end_)) < 0.0) {
+        RankedKey const key = list_.keys[end_++];
+        if (key.position < pool) excess_ += key.score, interior_ += 1.0, ++positive_;
+      } else if (first_interior_ < end_ && excess_at(score_of(first_interior_) - 1.0) < 0.0) {
+        RankedKey const key = list_.keys[first_interior_++];
+        if (key.position < pool) ++positive_, excess_ += 1.0, leave_interior(key.score);
+      } else {
+        break;
+      }
+    }
+  }
+
+  // Entries from `limit` on are no candidates any more.
+  __device__ void drop_behind(int limit, int pool) {
+    while (end_ > limit) {
+      RankedKey const key = list_.keys[--end_];
+      bool const was_saturated = end_ < first_interior_;
+      first_interior_ = min(first_interior_, end_);
+      if (key.position >= pool) continue;
+      if (was_saturated) {
+        --positive_, excess_ -= 1.0;
+      } else {
+        leave_interior(key.score);
+      }
+    }
   }
 
   Config const& config_;
   SortedList const& list_;
-  float const least_, guess_;
-  RankWalker kth_, cut_;
-  ThresholdWalker threshold_;
+  float const guess_;
+  int kth_ = kNone, cut_ = kNone;
+  int better_kth_ = 0, better_cut_ = 0;
+  int first_interior_ = 0, end_;
+  int positive_ = 0;  // saturated and interior entries in the pool
+  double interior_ = 0.0, excess_ = 0.0;
 };
 
 }  // namespace sparsek::cuda::portable
