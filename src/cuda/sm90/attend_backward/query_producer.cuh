@@ -76,34 +76,35 @@ class QueryProducer : Producer<kDim, kMode, true> {
   __device__ __forceinline__ void copy_rows(Cursor const& c) const {
     constexpr int kLanes = 2 * kChunks, kRows = 32 / kLanes;  // lanes a slot, slots at a time
     int const chunk = lane_ % kChunks;
-    bool const is_value = lane_ / kChunks & 1;
-    char const* const from =
-        (is_value
-             ? p_.v_rows + batch_coordinate(c) * p_.stride_v_batch + c.kv_head * p_.stride_v_head
-             : p_.k_rows + batch_coordinate(c) * p_.stride_k_batch + c.kv_head * p_.stride_k_head) +
-        c.tiles.first_k * (is_value ? p_.stride_v_position : p_.stride_k_position) + chunk * 16;
+    bool const is_value = lane_ / kChunks & 1, exists = chunk * 8 < p_.head_dim;
     std::int64_t const stride = is_value ? p_.stride_v_position : p_.stride_k_position;
+    char const* first =
+        is_value
+            ? p_.v_rows + batch_coordinate(c) * p_.stride_v_batch + c.kv_head * p_.stride_v_head
+            : p_.k_rows + batch_coordinate(c) * p_.stride_k_batch + c.kv_head * p_.stride_k_head;
+    first += c.tiles.first_k * stride + (exists ? chunk * 16 : 0);
+    asm volatile("" : "+l"(first));  // NOTE: else the compiler works it out anew for every row
+    auto const bytes = static_cast<std::uint32_t>(stride);
     std::uint32_t const to = smem_ + (is_value ? L::kSlotV : L::kSlotK) +
-                             (chunk >> 3) * L::kHalfBytes + warp_ * (32 * 128);
-    bool const exists = chunk * 8 < p_.head_dim;
+                             (chunk >> 3) * L::kHalfBytes + warp_ * (32 * 128) + (chunk & 7) * 16;
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
-      int const key = expiry_[i] > c.t * kTile ? key_[i] : -1;
       std::uint32_t mask = __ballot_sync(~0u, fresh_[i]);
-      while (mask) {
+      if (mask == 0) continue;
+      int const key = expiry_[i] > c.t * kTile ? key_[i] : -1;
+      do {
         int slot = 0;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          int const next = mask ? __ffs(mask) - 1 : slot;
+          int const next = r == 0 || mask ? __ffs(mask) - 1 : slot;
           mask &= mask - 1;
           if (r == 0 || lane_ / kLanes >= r) slot = next;
         }
         int const j = __shfl_sync(~0u, key, slot);
-        bool const valid = exists && j >= 0;
-        device::cp_async_16(
-            to + i * L::kBlockBytes + slot * 128 + (((chunk & 7) ^ (slot & 7)) << 4),
-            valid ? from + j * stride : p_.k_rows, valid);
-      }
+        std::uint32_t const row = max(j, 0);
+        device::cp_async_16((to + i * L::kBlockBytes + slot * 128) ^ (slot & 7) << 4,
+                            first + static_cast<std::uint64_t>(row) * bytes, exists && j >= 0);
+      } while (mask);
     }
     device::cp_async_wait_all();
     device::fence_async_proxy();
