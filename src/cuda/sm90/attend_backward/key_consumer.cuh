@@ -75,8 +75,8 @@ class KeyConsumer : ConsumerThread<BackwardParams, KeyLayout<kDim, kMode>> {
       for (int r = 0; r < 2; ++r) {
         float2 const x = reinterpret_cast<float2 const*>(generic_ + L::kSlotData)[slot + 8 * r];
         leaving[r] = __float_as_int(x.x);
-        // NOTE: a slot without a key has the row of a key that left, and 0 times what lies there may
-        // be NaN.
+        // NOTE: a slot without a key has the row of a key that left; 0 times what lies there may be
+        // NaN.
         cleared[r] = leaving[r] != kNobody || !alive_[r];
         read_slot(x.y, slot + 8 * r, r, t);
       }
