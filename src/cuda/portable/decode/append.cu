@@ -25,18 +25,21 @@ __global__ void __launch_bounds__(kThreads) append_kernel(__grid_constant__ Deco
   extern __shared__ __align__(16) std::byte lists[];
   __shared__ EvictionScratch<AppendEviction> scratch;
   DecodeProblem const& p = call.problem;
-  int const head = static_cast<int>(blockIdx.x);
-  int const batch = call.kv_heads.quotient(head), kv_head = call.kv_heads.remainder(head);
+  int const number = static_cast<int>(blockIdx.x);
+  int const batch = call.kv_heads.quotient(number), kv_head = call.kv_heads.remainder(number);
   Sequence const sequence(p, batch);
   if (!sequence.exists) return;
-  HeadState const state(call, sequence.block + kv_head * p.layout.head_bytes);
+  std::byte* const memory = sequence.block + kv_head * p.layout.head_bytes;
+  HeadState const state(call, memory);
   int const first = sequence.continues ? state.read_header().num_tokens : 0;
-  NewTokens const tokens = tokens_of(p, sequence, batch, kv_head, first, call.aligned_tokens);
+  Head const head{
+      memory, batch, kv_head, sequence.first_row, first, min(sequence.valid, kMaxTokens - first)};
+  NewTokens const tokens = tokens_of(call, head);
   int const end = first + tokens.count;
   int const old_pool_end = state.pool_end(first), pool_end = state.pool_end(end);
   if (pool_end > old_pool_end) {
-    evict<AppendEviction>(state, tokens, old_pool_end, pool_end,
-                          call.lists ? call.lists + head * call.list_bytes : lists, scratch);
+    evict<AppendEviction>(call, head, old_pool_end, pool_end,
+                          call.lists ? call.lists + number * call.list_bytes : lists, scratch);
   }
   __syncthreads();  // selected rows have left the window before new tokens take their places
   append_rows(state, tokens, max(first, pool_end), end);

@@ -32,7 +32,6 @@ struct DecodeCall {
   DecodeProblem problem;
   Divisor kv_heads, group, chunk_size, ring_rows;
   int cluster_log2;         // of the number of blocks that share a head's rows
-  int num_stages;           // of the pipeline that loads rows
   bool aligned_tokens;      // k and v: rows start at multiples of 16 bytes
   bool aligned_queries;     // q and out likewise
   std::byte* lists;         // of evictions, in the workspace; null: in shared memory

@@ -379,11 +379,12 @@ class Eviction {
   int parity_ = 0;
 };
 
-// NOTE: not inlined: the attention around it would lose registers to what runs once per chunk; by
-// value, so that its own copies can stay in registers.
+// NOTE: not inlined: the attention around it would lose registers to what runs once per chunk.
 template <typename Config>
-__device__ __noinline__ void evict(HeadState state, NewTokens tokens, int old_end, int end,
+__device__ __noinline__ void evict(DecodeCall const& call, Head head, int old_end, int end,
                                    std::byte* list_memory, EvictionScratch<Config>& scratch) {
+  HeadState const state(call, head.memory);
+  NewTokens const tokens = tokens_of(call, head);
   EvictionLists const lists(list_memory, state.num_selected, state.num_candidates, Config::kSlack);
   Eviction<Config>(state, tokens, lists, scratch).run(old_end, end);
 }

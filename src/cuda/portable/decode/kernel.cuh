@@ -1,11 +1,10 @@
 // One decode call for one KV head: append, evict and attend in one kernel.
 //
-// A cluster of blocks (one block before sm_90) owns the head; each warp takes every n-th block of
-// 16 rows. The call's tokens are cut into runs within one chunk. A run
-//   1. evicts, where it enters a chunk: the first block of the cluster does, while copies of the
-//      window's rows are already under way in all;
+// A cluster of blocks (one block before sm_90) owns the head; its warps share the rows in blocks of
+// 16. The call's tokens are cut into runs within one chunk. A run
+//   1. evicts, where it enters a chunk: the first block of the cluster does, the others wait;
 //   2. attends: new tokens come from the call's tensors, older ones from the state;
-//   3. appends: the warp that has attended to a new token writes its row to the state, where nobody
+//   3. appends: the warp that attends to a new token writes its row to the state, where nobody
 //      reads it yet;
 //   4. combines the warps' results in a fixed order, first in each block, then over the cluster.
 #pragma once
@@ -17,7 +16,9 @@
 
 namespace sparsek::cuda::portable {
 
-// What a block knows of its head and its call.
+// NOTE: the registers are full of rows. What is needed before and after lies in shared memory
+// meanwhile (Shared::head, pass), and everything is derived from there again; kept in registers it
+// would end in local memory, for which the rows leave no place in L1.
 template <typename T, typename Config>
 class DecodeBlock {
  public:
@@ -27,41 +28,54 @@ class DecodeBlock {
       : call_(call),
         p_(call.problem),
         shared_(shared),
-        rank_(static_cast<int>(blockIdx.x) & ((1 << call.cluster_log2) - 1)),
-        head_(static_cast<int>(blockIdx.x) >> call.cluster_log2),
-        batch_(call.kv_heads.quotient(head_)),
-        kv_head_(call.kv_heads.remainder(head_)),
-        head_dim_(static_cast<int>(p_.head_dim)),
-        sequence_(p_, batch_),
-        state_(call, sequence_.block + kv_head_ * p_.layout.head_bytes),
-        header_(sequence_.exists && sequence_.continues ? state_.read_header() : empty_header()),
-        tokens_(
-            tokens_of(p_, sequence_, batch_, kv_head_, header_.num_tokens, call.aligned_tokens)),
-        threshold_(header_.threshold),
-        memory_(dynamic_shared) {
-    // The list of an eviction lies in the last stages, to which nothing is copied before it.
-    lists_ =
-        call.lists ? call.lists + head_ * call.list_bytes : stage_of_warp(call.num_stages - 1, 0);
-  }
+        memory_(dynamic_shared),
+        thread_(threadIdx.x) {}
 
   __device__ void run() {
-    int const end = tokens_.first + tokens_.count;
-    for (int begin = tokens_.first; begin < end;) {
-      int const left_in_chunk =
-          static_cast<int>(state_.chunk_size.divisor) - state_.chunk_size.remainder(begin);
-      int const run_end = begin + min(min(end - begin, left_in_chunk), kMaxRun);
-      process(begin, run_end);
-      begin = run_end;
+    int const number = static_cast<int>(blockIdx.x) >> call_.cluster_log2;
+    Head head;
+    head.batch = call_.kv_heads.quotient(number), head.kv_head = call_.kv_heads.remainder(number);
+    Sequence const sequence(p_, head.batch);
+    head.first_row = sequence.first_row;
+    head.memory = sequence.block + head.kv_head * p_.layout.head_bytes;
+    DecodeHeadHeader header = empty_header();
+    if (sequence.exists && sequence.continues) header = HeadState(call_, head.memory).read_header();
+    head.first = header.num_tokens;
+    head.count = min(sequence.valid, kMaxTokens - head.first);
+    threshold_ = header.threshold;
+    if (threadIdx.x == 0) {
+      shared_.head = head;
+      shared_.missing = sequence.count - head.count;
+      shared_.exists = sequence.exists;
     }
-    // The other blocks have read the old header before the last barrier of the last run.
-    if (rank_ == 0 && threadIdx.x == 0 && sequence_.exists) state_.finish(end);
-    clear_rows();
+    Pass pass{};
+    pass.end = head.first;
+#pragma unroll 1
+    while (pass.end < head.first + head.count) {
+      begin_run(head, pass);
+      int const num_rows = (pass.end - pass.begin) * group();
+#pragma unroll 1
+      for (pass.first = 0; pass.first < num_rows; pass.first += Config::kQueryRows) {
+        pass.count = min(num_rows - pass.first, Config::kQueryRows);
+        attend(head, pass);
+        pass = shared_.pass;
+        combine(pass);
+        head = shared_.head;
+        // NOTE: for the compiler another number, so that it does not compute what follows from it
+        // before the loops, and keep it.
+        asm volatile("" : "+r"(thread_));
+      }
+    }
+    __syncthreads();
+    finish();
   }
 
  private:
   static constexpr int kThreads = Config::kThreads;
-  __device__ static int lane() { return threadIdx.x % 32; }
-  __device__ static int warp() { return threadIdx.x / 32; }
+  __device__ int lane() const { return static_cast<int>(thread_ % 32); }
+  __device__ int warp() const { return static_cast<int>(thread_ / 32); }
+  // Of the block in its cluster.
+  __device__ int rank() const { return blockIdx.x & ((1 << call_.cluster_log2) - 1); }
 
   // Of the block, or of the cluster where it has several.
   __device__ void sync_cluster() const {
@@ -74,139 +88,237 @@ class DecodeBlock {
     }
   }
 
-  __device__ std::byte* stage_of_warp(int stage, int warp) const {
-    return memory_ + (stage * Config::kWarps + warp) * Config::kStageBytes;
-  }
-
-  __device__ void process(int begin, int end) {
-    int const old_pool_end = state_.pool_end(begin), pool_end = state_.pool_end(end);
-    VisibleRows const rows{pool_end, begin, end, min(state_.num_selected, pool_end)};
-    int const num_rows = (end - begin) * group();
-    for (int first = 0; first < num_rows; first += Config::kQueryRows) {
-      bool const is_first = first == 0;
-      attend(rows, first, min(num_rows - first, Config::kQueryRows), is_first,
-             is_first && pool_end > old_pool_end);
-    }
+  // The run that follows the one in `pass`.
+  __device__ void begin_run(Head const& head, Pass& pass) {
+    HeadState const state(call_, head.memory);
+    pass.begin = pass.end;
+    int const left_in_chunk =
+        static_cast<int>(call_.chunk_size.divisor) - call_.chunk_size.remainder(pass.begin);
+    pass.end += min(min(head.first + head.count - pass.begin, left_in_chunk), kMaxRun);
+    int const old_pool_end = state.pool_end(pass.begin);
+    pass.pool_end = state.pool_end(pass.end);
+    if (pass.pool_end > old_pool_end) evict_keys(head, old_pool_end, pass.pool_end);
   }
 
   // The pool has grown: its first keys take their rows. All blocks of the cluster.
-  __device__ void evict_keys(VisibleRows const& rows) {
-    if (rank_ == 0) {
-      evict<typename Config::Evict>(state_, tokens_, state_.pool_end(rows.run_begin), rows.pool_end,
-                                    lists_, shared_.eviction);
+  __device__ void evict_keys(Head const& head, int old_pool_end, int pool_end) {
+    if (rank() == 0) {
+      std::byte* const lists =
+          call_.lists ? call_.lists + (blockIdx.x >> call_.cluster_log2) * call_.list_bytes
+                      : memory_;
+      evict<typename Config::Evict>(call_, head, old_pool_end, pool_end, lists, shared_.eviction);
     }
     sync_cluster();
-    threshold_ = __ldcg(&state_.header->threshold);
-    if (head_dim_ < Config::kMaxDim) clear_stage(call_.num_stages - 1);
+    threshold_ = __ldcg(&HeadState(call_, head.memory).header->threshold);
   }
 
-  // Query rows first ... first + count - 1 of a run. With `evicts` the state changes when the first
-  // copies are under way, before selected rows are read; with `appends` the run's tokens are
-  // written to it after that.
-  __device__ void attend(VisibleRows const& rows, int first, int count, bool appends, bool evicts) {
-    int const num_blocks = rows.num_blocks(), recent_blocks = rows.recent_blocks();
-    RowLoader<Config> const loader(state_, tokens_, rows);
-    WarpAttention<T, Config> attention;
-    if (head_dim_ < Config::kMaxDim) {
-      for (int stage = 0; stage < call_.num_stages; ++stage) clear_stage(stage);
-    }
+  // Every n-th block of 16 rows, 32 of them at a time.
+  struct Blocks {
+    int base, stride;  // rows
+    unsigned left;     // which of the 32 are wanted and still to come
+  };
 
-    // This warp's blocks are `block`, block + stride, ...; copies run num_stages - 1 of them ahead.
-    int const stride = Config::kWarps << call_.cluster_log2, ahead = call_.num_stages - 1;
-    int next = rank_ * Config::kWarps + warp();  // to be copied
-    int block = next - ahead * stride;           // to be attended to
-    int to = 0, from = 1;                        // their stages
-    bool ready = false;
-    int const num_tiles = (count + kTileRows - 1) / kTileRows;
-    for (int step = -ahead; step <= 0 || block < num_blocks; ++step) {
-      if (step >= 0) {
-        // NOTE: the instruction takes a constant.
-        if (ahead == 2) {
-          device::cp_async_wait_group<1>();
-        } else {
-          device::cp_async_wait_group<0>();
-        }
-        __syncwarp();  // all lanes have their copies, and have read the stage that is next
-      }
-      if (!ready && (step >= 0 || (evicts && next >= recent_blocks))) {
-        if (evicts) evict_keys(rows);
-        read_queries(attention, rows, first, count);
-        ready = true;
-      }
-      if (next < num_blocks) {
-        loader.load(next, device::shared_address(stage_of_warp(to, warp())));
-      }
-      device::cp_async_commit();
-      if (step >= 0 && block < num_blocks) {
-        bool const selected = block >= recent_blocks;
-        int const begin = (selected ? block - recent_blocks : block) * kBlockKeys;
-        int const exist = (selected ? rows.num_selected : rows.num_recent()) - begin;
-        std::uint32_t const stage = device::shared_address(stage_of_warp(from, warp()));
-        Gating const gating{p_.gate, threshold_,
-                            static_cast<float>(p_.sm_scale) * 1.4426950408889634f};
-        bool const has_new = !selected && begin + kBlockKeys > rows.num_in_ring();
-        attention.attend(stage, exist, selected, has_new || exist < kBlockKeys,
-                         begin - rows.num_in_ring(), num_tiles, gating);
-        if (appends && has_new) loader.append(block, stage);
-      }
-      next += stride, block += stride;
-      to = to + 1 == call_.num_stages ? 0 : to + 1;
-      from = from + 1 == call_.num_stages ? 0 : from + 1;
+  // The first pass of a run also writes its tokens to the state.
+  //
+  // Most warps take blocks of 16 old keys, which they load directly, each every n-th. One warp
+  // takes the others: the last and first rows of the ring, new tokens, less than 16 keys. (If rows
+  // are shorter than the instance's, none is loaded directly and all warps share them.)
+  __device__ void attend(Head const& head, Pass const& pass) {
+    if (threadIdx.x == 0) shared_.pass = pass;
+    WarpAttention<T, Config> attention(device::shared_address(shared_.queries), lane());
+    if (full_rows() && warp() < Config::kRowWarps) {
+      attend_direct(head, pass, attention);
+    } else {
+      attend_staged(head, pass, attention);
     }
+    __syncwarp();  // results take the stage's place
+    attention.store(shared_.pass.count, out_of_warp(warp()), shared_.of_warp[warp()]);
+  }
+
+  // The next block is under way while one is attended to.
+  __device__ __forceinline__ void attend_direct(Head const& head, Pass const& pass,
+                                                WarpAttention<T, Config>& attention) {
+    KeyPieces<Config> keys;
+    ValuePieces<Config> values;
+    HeadState const state(call_, head.memory);
+    RowLoader<Config> const loader(p_.layout, head.memory, lane());
+    Blocks blocks = every(rank() * Config::kRowWarps + warp(), Config::kRowWarps);
+    VisibleRows const rows(state, pass.pool_end, pass.begin, pass.end);
+    int row = next(blocks, [&](int row) { return rows.are_old(row); });
+    if (row >= 0) {
+      loader.load(row, keys);
+      loader.load_score(row, keys);
+      loader.load(row, values);
+    } else {
+      keys.clear(), values.clear();
+    }
+    read_queries(head, pass);
     device::cp_async_wait_all();
-    __syncthreads();  // results take the stages' place
-    attention.store(out_of_warp(warp()), shared_.of_warp[warp()]);
-    combine(rows, first, count);
+    wait_for_queries();
+    while (row >= 0) {
+      auto scores = attention.multiply(keys);
+      float gate[4];
+      attention.gates(keys.score, gated(row), threshold_, gate);
+      row = next(blocks, [&](int row) {
+        HeadState const state(call_, shared_.head.memory);
+        Pass const pass = shared_.pass;
+        return VisibleRows(state, pass.pool_end, pass.begin, pass.end).are_old(row);
+      });
+      if (row >= 0) {
+        loader.load(row, keys);
+        loader.load_score(row, keys);
+      }
+      auto const weights = attention.weigh(scores, gate, p_.gate, scale_log2());
+      attention.add(values, weights, num_tiles());
+      if (row >= 0) loader.load(row, values);
+    }
   }
 
-  __device__ void read_queries(WarpAttention<T, Config>& attention, VisibleRows const& rows,
-                               int first, int count) const {
+  __device__ __forceinline__ void attend_staged(Head const& head, Pass const& pass,
+                                                WarpAttention<T, Config>& attention) {
+    HeadState const state(call_, head.memory);
+    VisibleRows const rows(state, pass.pool_end, pass.begin, pass.end);
+    NewTokens const tokens = tokens_of(call_, head);
+    RowStage<Config> const stage(state, tokens, rows, pass.begin - head.first, stage_address(),
+                                 lane());
+    Blocks blocks =
+        full_rows() ? every(rank(), 1) : every(rank() * Config::kWarps + warp(), Config::kWarps);
+    read_queries(head, pass);
+    device::cp_async_commit();
+    bool is_first = true;
+#pragma unroll 1
+    while (true) {
+      int const row = next(blocks, [&](int row) { return is_staged(rows, row); });
+      if (row >= 0) stage.copy(row);
+      device::cp_async_commit();
+      if (is_first) {
+        device::cp_async_wait_group<1>();
+        wait_for_queries();
+        is_first = false;
+      }
+      if (row < 0) break;
+      KeyPieces<Config> keys;
+      ValuePieces<Config> values;
+      stage.wait();
+      if (pass.first == 0) stage.append(row);
+      stage.load(keys);
+      auto scores = attention.multiply(keys);
+      attention.mask(scores, [&](int key, int column) {
+        int const r = row + key;
+        return rows.exists(r) &&
+               (rows.is_selected(r) || rows.token(r) <= call_.group.quotient(pass.first + column));
+      });
+      float gate[4];
+      attention.gates(keys.score, gated(row + lane() % kBlockKeys), threshold_, gate);
+      auto const weights = attention.weigh(scores, gate, p_.gate, scale_log2());
+      stage.load(values);
+      attention.add(values, weights, num_tiles());
+      __syncwarp();  // all lanes have read the stage
+    }
+  }
+
+  // All warps, each in the role it has.
+  __device__ static void wait_for_queries() {
+    asm volatile("barrier.cta.sync 1, %0;" ::"n"(kThreads) : "memory");
+  }
+  __device__ float scale_log2() const {
+    return static_cast<float>(p_.sm_scale) * 1.4426950408889634f;
+  }
+  __device__ int num_tiles() const {
+    return Config::kTiles == 1 ? 1 : (shared_.pass.count + kTileRows - 1) / kTileRows;
+  }
+
+  __device__ Blocks every(int first, int stride) const {
+    int const rows = (stride << call_.cluster_log2) * kBlockKeys;
+    return {first * kBlockKeys - 32 * rows, rows, 0};
+  }
+  // The first row of the next block that is wanted, negative if there is none. All lanes.
+  template <typename Wanted>
+  __device__ int next(Blocks& blocks, Wanted wanted) const {
+    int const end = static_cast<int>(p_.layout.num_rows);
+#pragma unroll 1
+    while (blocks.left == 0) {
+      blocks.base += 32 * blocks.stride;
+      if (blocks.base >= end) return -1;
+      int const row = blocks.base + lane() * blocks.stride;
+      blocks.left = __ballot_sync(~0u, row < end && wanted(row));
+    }
+    int const row = blocks.base + (__ffs(blocks.left) - 1) * blocks.stride;
+    blocks.left &= blocks.left - 1;
+    return row;
+  }
+  __device__ bool is_staged(VisibleRows const& rows, int row) const {
+    return rows.some_exist(row) && !(full_rows() && rows.are_old(row));
+  }
+  __device__ bool full_rows() const { return row_bytes() == Config::kPitch; }
+  __device__ bool gated(int row) const {
+    return p_.gate != Gate::kNone && row < static_cast<int>(p_.layout.num_selected);
+  }
+
+  // Starts to copy the queries of a pass to shared memory; rows and dimensions that do not exist
+  // are zeros.
+  __device__ void read_queries(Head const& head, Pass const& pass) const {
+    using Attention = WarpAttention<T, Config>;
     auto const* const q =
         static_cast<std::byte const*>(p_.q) +
-        2 * (batch_ * p_.stride_q_batch + sequence_.first_row * p_.stride_q_position);
-    attention.begin(
-        head_dim_, call_.aligned_queries,
-        [&](int i) -> std::byte const* {
-          if (i >= count) return nullptr;
-          return q + 2 * (head_of(first + i) * p_.stride_q_head +
-                          token_of(rows, first + i) * p_.stride_q_position);
-        },
-        [&](int i) { return call_.group.quotient(first + i); });
-  }
-
-  // Dimensions that the head does not have must not hold a NaN.
-  __device__ void clear_stage(int stage) const {
-    auto* const memory = reinterpret_cast<uint4*>(stage_of_warp(stage, warp()));
-    for (int i = lane(); i < Config::kStageBytes / 16; i += 32) memory[i] = uint4{};
-    __syncwarp();
+        2 * (head.batch * p_.stride_q_batch + head.first_row * p_.stride_q_position);
+    std::uint32_t const to = device::shared_address(shared_.queries);
+#pragma unroll 1
+    for (int i = static_cast<int>(thread_); i < Config::kQueryRows * Config::kChunks;
+         i += kThreads) {
+      int const row = i / Config::kChunks, piece = i % Config::kChunks;
+      bool const exists = row < pass.count && piece * 16 < row_bytes();
+      std::byte const* from = q;
+      if (exists) {
+        from += 2 * (head_of(head, pass.first + row) * p_.stride_q_head +
+                     token_of(head, pass, row) * p_.stride_q_position) +
+                piece * 16;
+      }
+      if (call_.aligned_queries || !exists) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          device::cp_async_4(to + Attention::query_place(row, piece, j), from + 4 * j, exists);
+        }
+      } else {
+        uint4 const data = load_16(from, false);
+        device::store_shared_4(to + Attention::query_place(row, piece, 0), data.x);
+        device::store_shared_4(to + Attention::query_place(row, piece, 1), data.y);
+        device::store_shared_4(to + Attention::query_place(row, piece, 2), data.z);
+        device::store_shared_4(to + Attention::query_place(row, piece, 3), data.w);
+      }
+    }
   }
 
   // --- results
 
+  __device__ int row_bytes() const { return static_cast<int>(p_.head_dim) * 2; }
   __device__ int group() const { return static_cast<int>(call_.group.divisor); }
-  __device__ int head_of(int query_row) const {
-    return kv_head_ * group() + call_.group.remainder(query_row);
+  __device__ int head_of(Head const& head, int query_row) const {
+    return head.kv_head * group() + call_.group.remainder(query_row);
   }
-  // What follows the stages in the same memory: [kQueryRows, kOutPitch] for each warp, then
-  // [kQueryRows, kMaxDim].
+  // Of a query row of a pass, the token within the call.
+  __device__ int token_of(Head const& head, Pass const& pass, int row) const {
+    return pass.begin - head.first + call_.group.quotient(pass.first + row);
+  }
+  // Of a warp: its stage, then its outputs [kQueryRows, kOutPitch]; of the block, [kQueryRows,
+  // kMaxDim].
+  __device__ std::uint32_t stage_address() const {
+    return device::shared_address(memory_ + warp() * Config::kWarpBytes);
+  }
   __device__ float* out_of_warp(int warp) const {
-    return reinterpret_cast<float*>(memory_) + warp * Config::kQueryRows * Config::kOutPitch;
+    return reinterpret_cast<float*>(memory_ + warp * Config::kWarpBytes);
   }
   __device__ float* out_of_block() const { return out_of_warp(Config::kWarps); }
 
-  // Of the call.
-  __device__ int token_of(VisibleRows const& rows, int query_row) const {
-    return rows.run_begin - tokens_.first + call_.group.quotient(query_row);
-  }
-
   // Sums over the warps, then over the blocks of the cluster, and writes the rows. Ends with a
   // barrier, after which all blocks see what has been appended.
-  __device__ void combine(VisibleRows const& rows, int first, int count) {
+  __device__ void combine(Pass const& pass) {
     constexpr int kPieces = Config::kMaxDim / 4;  // of 4 dimensions
     __syncthreads();
-    for (int i = threadIdx.x; i < count * kPieces; i += kThreads) {
+#pragma unroll 1
+    for (int i = static_cast<int>(thread_); i < pass.count * kPieces; i += kThreads) {
       int const row = i / kPieces, d = i % kPieces * 4;
-      if (d >= head_dim_) continue;
+      if (d * 2 >= row_bytes()) continue;
       Weighted result;
 #pragma unroll
       for (int w = 0; w < Config::kWarps; ++w) result.raise(shared_.of_warp[w][row].x);
@@ -216,7 +328,7 @@ class DecodeBlock {
         result.add(shared_.of_warp[w][row], *reinterpret_cast<float4 const*>(out));
       }
       if (call_.cluster_log2 == 0) {
-        write(rows, first + row, d, result);
+        write(pass, row, d, result);
       } else {
         *reinterpret_cast<float4*>(out_of_block() + row * Config::kMaxDim + d) = result.out;
         if (d == 0) shared_.of_block[row] = {result.maximum, result.sum};
@@ -225,20 +337,20 @@ class DecodeBlock {
     if (call_.cluster_log2 == 0) {
       __syncthreads();
     } else {
-      combine_cluster(rows, first, count);
+      combine_cluster(pass);
     }
   }
 
-  __device__ void combine_cluster(VisibleRows const& rows, int first, int count) {
+  __device__ void combine_cluster(Pass const& pass) {
     constexpr int kPieces = Config::kMaxDim / 4;
     int const cluster_size = 1 << call_.cluster_log2;
     sync_cluster();
     std::uint32_t const of_block = device::shared_address(shared_.of_block);
     std::uint32_t const out = device::shared_address(out_of_block());
-    for (int i = rank_ + (static_cast<int>(threadIdx.x) << call_.cluster_log2); i < count * kPieces;
+    for (int i = rank() + static_cast<int>(thread_ << call_.cluster_log2); i < pass.count * kPieces;
          i += kThreads << call_.cluster_log2) {
       int const row = i / kPieces, d = i % kPieces * 4;
-      if (d >= head_dim_) continue;
+      if (d * 2 >= row_bytes()) continue;
       // All loads are under way at once; ranks beyond the cluster's size read the first block
       // again.
       float2 weights[kMaxClusterSize];
@@ -256,9 +368,20 @@ class DecodeBlock {
       for (int r = 0; r < kMaxClusterSize; ++r) {
         if (r < cluster_size) result.add(weights[r], part[r]);
       }
-      write(rows, first + row, d, result);
+      write(pass, row, d, result);
     }
-    sync_cluster();  // nobody leaves, or goes on, while others read its memory
+    // Nobody leaves, or goes on, while others read its memory.
+    // NOTE: at the end nobody has to see what was written to the state; waiting for that would take
+    // a good part of a microsecond.
+    bool const is_last = pass.end == shared_.head.first + shared_.head.count &&
+                         pass.first + Config::kQueryRows >= (pass.end - pass.begin) * group();
+    if (is_last) {
+      __syncwarp();
+      device::cluster_arrive_relaxed();
+      device::cluster_wait();
+    } else {
+      sync_cluster();
+    }
   }
 
   // Sums of weights and outputs that were taken relative to different maxima.
@@ -276,23 +399,24 @@ class DecodeBlock {
     }
   };
 
-  __device__ std::byte* out_address(int head, int token, int d) const {
+  __device__ std::byte* out_address(Head const& head, int q_head, int token, int d) const {
     return static_cast<std::byte*>(p_.out) +
-           2 * (batch_ * p_.stride_out_batch + head * p_.stride_out_head +
-                (sequence_.first_row + token) * p_.stride_out_position + d);
+           2 * (head.batch * p_.stride_out_batch + q_head * p_.stride_out_head +
+                (head.first_row + token) * p_.stride_out_position + d);
   }
-  __device__ float* lse_address(int head, int token) const {
-    return p_.lse + batch_ * p_.stride_lse_batch + head * p_.stride_lse_head +
-           (sequence_.first_row + token) * p_.stride_lse_position;
+  __device__ float* lse_address(Head const& head, int q_head, int token) const {
+    return p_.lse + head.batch * p_.stride_lse_batch + q_head * p_.stride_lse_head +
+           (head.first_row + token) * p_.stride_lse_position;
   }
 
-  __device__ void write(VisibleRows const& rows, int query_row, int d, Weighted const& r) const {
-    int const head = head_of(query_row), token = token_of(rows, query_row);
+  __device__ void write(Pass const& pass, int row, int d, Weighted const& r) const {
+    Head const head = shared_.head;
+    int const q_head = head_of(head, pass.first + row), token = token_of(head, pass, row);
     float const scale = r.sum > 0.0f ? __fdividef(1.0f, r.sum) : 0.0f;
-    store_4(out_address(head, token, d), device::pack2<T>(r.out.x * scale, r.out.y * scale),
+    store_4(out_address(head, q_head, token, d), device::pack2<T>(r.out.x * scale, r.out.y * scale),
             device::pack2<T>(r.out.z * scale, r.out.w * scale));
     if (d == 0 && p_.lse) {
-      *lse_address(head, token) = (r.maximum + log2f(r.sum)) * 0.6931471805599453f;
+      *lse_address(head, q_head, token) = (r.maximum + log2f(r.sum)) * 0.6931471805599453f;
     }
   }
 
@@ -306,15 +430,20 @@ class DecodeBlock {
     }
   }
 
-  // Tokens of the call that do not exist: output 0, lse -inf.
-  __device__ void clear_rows() const {
-    int const pieces = head_dim_ / 4;
-    for (int token = tokens_.count; token < sequence_.count; ++token) {
-      for (int i = rank_ * kThreads + static_cast<int>(threadIdx.x); i < group() * pieces;
+  // The header, and output 0 and lse -inf for tokens of the call that do not exist. The other
+  // blocks have read the old header before the last barrier of the last pass.
+  __device__ void finish() const {
+    Head const head = shared_.head;
+    if (rank() == 0 && threadIdx.x == 0 && shared_.exists) {
+      HeadState(call_, head.memory).finish(head.first + head.count);
+    }
+    int const pieces = row_bytes() / 8, missing = shared_.missing;
+    for (int token = head.count; token < head.count + missing; ++token) {
+      for (int i = rank() * kThreads + static_cast<int>(threadIdx.x); i < group() * pieces;
            i += kThreads << call_.cluster_log2) {
-        int const head = kv_head_ * group() + i / pieces, d = i % pieces * 4;
-        store_4(out_address(head, token, d), 0, 0);
-        if (d == 0 && p_.lse) *lse_address(head, token) = -INFINITY;
+        int const q_head = head.kv_head * group() + i / pieces, d = i % pieces * 4;
+        store_4(out_address(head, q_head, token, d), 0, 0);
+        if (d == 0 && p_.lse) *lse_address(head, q_head, token) = -INFINITY;
       }
     }
   }
@@ -322,16 +451,9 @@ class DecodeBlock {
   DecodeCall const& call_;
   DecodeProblem const& p_;
   Shared& shared_;
-  int rank_;  // of the block in its cluster
-  int head_, batch_, kv_head_;
-  int head_dim_;
-  Sequence sequence_;
-  HeadState state_;
-  DecodeHeadHeader header_;
-  NewTokens tokens_;
-  float threshold_;
   std::byte* memory_;  // dynamic shared memory
-  std::byte* lists_;
+  unsigned thread_;
+  float threshold_;
 };
 
 template <typename T, int kMaxDim, int kTiles>

@@ -3,6 +3,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+#include <cstdint>
+
 #include "cuda/portable/decode/config.cuh"
 #include "cuda/portable/decode/kernel.cuh"
 #include "cuda/runtime.hpp"
@@ -10,22 +13,20 @@
 namespace sparsek::cuda::portable {
 
 template <typename T, int kMaxDim, int kTiles>
-void launch_decode_tiles(DecodeCall call, DecodePlan const& plan, DeviceProperties const& device,
+void launch_decode_tiles(DecodeCall const& call, DeviceProperties const& device,
                          cudaStream_t stream) {
   using Config = DecodeConfig<kMaxDim, kTiles>;
   auto* const kernel = decode_kernel<T, kMaxDim, kTiles>;
-  call.num_stages = Config::kMaxStages;
-  while (call.num_stages > Config::kMinStages &&
-         Config::shared_bytes(call.num_stages) + sizeof(typename Config::Shared) >
-             static_cast<std::size_t>(device.shared_bytes_per_block)) {
-    --call.num_stages;
-  }
-  int const bytes = Config::shared_bytes(call.num_stages);
+  int const bytes = Config::kSharedBytes;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
         "decode: shared memory of the kernel");
-  // NOTE: without the hint a multiprocessor may be left with shared memory for one block.
+  // NOTE: without the hint a multiprocessor may be left with shared memory for one block. What is
+  // left over serves as L1, which the loads of rows need.
+  std::int64_t const needed =
+      Config::kBlocksPerSm * (bytes + std::int64_t{sizeof(typename Config::Shared)} + 2048);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                             cudaSharedmemCarveoutMaxShared),
+                             static_cast<int>(std::min<std::int64_t>(
+                                 100, 100 * needed / device.shared_bytes_per_sm + 1))),
         "decode: shared memory of the kernel");
 
   cudaLaunchConfig_t launch{};
@@ -44,14 +45,14 @@ void launch_decode_tiles(DecodeCall call, DecodePlan const& plan, DeviceProperti
 }
 
 template <typename T, int kMaxDim>
-void launch_decode(DecodeCall call, DecodePlan const& plan, DeviceProperties const& device,
+void launch_decode(DecodeCall const& call, DecodePlan const& plan, DeviceProperties const& device,
                    cudaStream_t stream) {
   // At more than 128 dimensions two tiles do not fit in the registers.
   constexpr int kMaxTiles = kMaxDim <= 128 ? 2 : 1;
   if (plan.max_query_rows <= kTileRows) {
-    launch_decode_tiles<T, kMaxDim, 1>(call, plan, device, stream);
+    launch_decode_tiles<T, kMaxDim, 1>(call, device, stream);
   } else {
-    launch_decode_tiles<T, kMaxDim, kMaxTiles>(call, plan, device, stream);
+    launch_decode_tiles<T, kMaxDim, kMaxTiles>(call, device, stream);
   }
 }
 

@@ -78,7 +78,8 @@ struct NewTokens {
 
   __device__ std::byte const* k_row(int token) const { return k + token * stride_k; }
   __device__ std::byte const* v_row(int token) const { return v + token * stride_v; }
-  __device__ float score(int token) const { return finite_score(scores[token * stride_scores]); }
+  __device__ float const* score_address(int token) const { return scores + token * stride_scores; }
+  __device__ float score(int token) const { return finite_score(*score_address(token)); }
 };
 
 // What a call means for one sequence. Wrong values in memory (block_index, lengths, cu_seqlens, a
@@ -109,25 +110,32 @@ struct Sequence {
   }
 };
 
-// The tokens of a sequence that has `first` already.
-__device__ inline NewTokens tokens_of(DecodeProblem const& p, Sequence const& s, int b, int kv_head,
-                                      int first, bool aligned) {
-  auto const row = [&](void const* tensor, std::int64_t batch, std::int64_t head,
+// What a block knows of its head in a call.
+struct Head {
+  std::byte* memory;  // of its part of the state block
+  int batch, kv_head;
+  int first_row;     // of the sequence, in packed tensors
+  int first, count;  // tokens that the sequence has already; the call's that exist
+};
+
+__device__ inline NewTokens tokens_of(DecodeCall const& call, Head const& head) {
+  DecodeProblem const& p = call.problem;
+  auto const row = [&](void const* tensor, std::int64_t batch, std::int64_t kv_head,
                        std::int64_t position) {
     return static_cast<std::byte const*>(tensor) +
-           2 * (b * batch + kv_head * head + s.first_row * position);
+           2 * (head.batch * batch + head.kv_head * kv_head + head.first_row * position);
   };
   return {
-      .first = first,
-      .count = min(s.valid, kMaxTokens - first),
+      .first = head.first,
+      .count = head.count,
       .k = row(p.k, p.stride_k_batch, p.stride_k_head, p.stride_k_position),
       .v = row(p.v, p.stride_v_batch, p.stride_v_head, p.stride_v_position),
       .stride_k = 2 * p.stride_k_position,
       .stride_v = 2 * p.stride_v_position,
-      .scores = p.scores + b * p.stride_scores_batch + kv_head * p.stride_scores_head +
-                s.first_row * p.stride_scores_position,
+      .scores = p.scores + head.batch * p.stride_scores_batch +
+                head.kv_head * p.stride_scores_head + head.first_row * p.stride_scores_position,
       .stride_scores = p.stride_scores_position,
-      .aligned = aligned,
+      .aligned = call.aligned_tokens,
   };
 }
 
