@@ -1,4 +1,4 @@
-// The resident kernel's host side: what it serves, and the choice of instantiation.
+// The resident kernels' host side: what it serves, and the choice of instantiation.
 #include <algorithm>
 #include <cmath>
 #include <string>
@@ -38,34 +38,15 @@ __global__ void __launch_bounds__(32 * kFillWarps)
   }
 }
 
-// Which of the two kernels of the aligned mode runs: the one that works ahead where few keys enter
-// the slots. With independent scores about num_selected / t keys enter at tile t; the query heads
-// of a group share them.
-Pipeline pipeline_of(AttendProblem const& p) {
-  constexpr double kFewRows = 8.0;  // a tile and query head
-  double const tiles = std::max(1.0, static_cast<double>(p.seq_len_k) / kTile);
-  double const entering = static_cast<double>(slots_needed(p)) * (1.0 + std::log(tiles)) / tiles;
-  bool const few = entering <= kFewRows * static_cast<double>(p.group);
-  return few && padded_dim(p) == 128 ? Pipeline::kAhead : Pipeline::kPlain;
-}
-
 template <typename T, int kDim>
 void launch_mode(AttendProblem const& problem, Params const& p, int num_sms, cudaStream_t stream) {
-  if (mode_of(problem) == Mode::kGeneral) {
-    if (problem.gate == Gate::kValue) {
-      launch<T, kDim, Mode::kGeneral, true, Pipeline::kAhead>(p, num_sms, stream);
-    } else {
-      launch<T, kDim, Mode::kGeneral, false, Pipeline::kAhead>(p, num_sms, stream);
-    }
-    return;
+  if (mode_of(problem) == Mode::kAligned) {
+    launch<T, kDim, Mode::kAligned, false>(p, num_sms, stream);
+  } else if (problem.gate == Gate::kValue) {
+    launch<T, kDim, Mode::kGeneral, true>(p, num_sms, stream);
+  } else {
+    launch<T, kDim, Mode::kGeneral, false>(p, num_sms, stream);
   }
-  if constexpr (kDim == 128) {
-    if (pipeline_of(problem) == Pipeline::kAhead) {
-      launch<T, kDim, Mode::kAligned, false, Pipeline::kAhead>(p, num_sms, stream);
-      return;
-    }
-  }
-  launch<T, kDim, Mode::kAligned, false, Pipeline::kPlain>(p, num_sms, stream);
 }
 
 template <typename T>

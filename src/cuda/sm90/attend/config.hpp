@@ -1,4 +1,4 @@
-// The resident kernel's constants, shared-memory layout and parameters.
+// The resident kernels' constants, shared-memory layouts and parameters.
 //
 // Queries are cut into tiles of 128 positions, aligned to position 0. For tile t the keys that any
 // of its queries sees lie in
@@ -21,26 +21,20 @@ inline constexpr int kTile = 128;  // queries of a tile, keys of a block
 inline constexpr int kThreads =
     384;  // a producer warpgroup and two consumer warpgroups of 64 query rows each
 
-// How the gates reach the weights.
+// How the gates reach the weights. The forward has a kernel for each mode.
 //   kAligned  chunk_size is a multiple of the tile and the window covers the window tile: a key's
 //             gate is one number per tile and enters as the initial value of the score
-//             accumulators (log2 m / scale)
-//   kGeneral  visibility and gate are worked out for every (row, key)
+//             accumulators (log2 m / scale). Every producer warp has one job and walks the tiles by
+//             itself (role.cuh, consumer.cuh).
+//   kGeneral  visibility and gate are worked out for every (row, key). The producer warps work
+//             together, admit keys to the slots while they would wait, and the consumers ask
+//             barriers ahead (general_producer.cuh, general_consumer.cuh).
 enum class Mode { kAligned, kGeneral };
-
-// Two kernels with the same work, shared memory and barriers.
-//   kPlain  aligned mode. The producer copies first and admits keys to the slots afterwards; an
-//           entering row is copied by 16 lanes at once (64 columns: 8). Faster where many keys
-//           enter per tile.
-//   kAhead  both modes. The producer admits keys while it would wait, two warps share the bulk
-//           copies, four lanes copy an entering row, and the consumers ask barriers ahead. Faster
-//           where few keys enter: long sequences, groups of query heads, general mode.
-enum class Pipeline { kPlain, kAhead };
 
 // One query tile of one query head, as the producer tells the consumers.
 struct TilePlan {
   int tile;           // t
-  int num_blocks;     // 128-slot blocks in use
+  int num_blocks;     // 128-slot blocks in use, for the backward: the forward finds them in flags
   int q_position;     // of the tile's first row, in the q tensor (may be negative) ...
   int q_head, batch;  // ... and its other coordinates
   int row_begin;      // rows of the tile that exist: [row_begin, row_end)
@@ -49,20 +43,34 @@ struct TilePlan {
   std::int64_t lse_offset;    // of the tile's first row
   std::int64_t chunk_offset;  // of the sequence's first chunk in threshold
 };
+// Read by the forward in aligned mode (A), in general mode (G) and the backward's query kernel (B);
+// by all three where nothing is said.
 enum PlanFlag : int {
   kSwapHalves = 1,     // warpgroup 0 takes rows 64 ... 127
   kSingle = 2,         // tile 0: the diagonal tile is all there is
   kDiagonalFirst = 4,  // the diagonal tile comes first, the window tile last
   kFirstIsFresh = 8,   // the first block was filled for this tile; else it is still there
-  kReleaseLast = 16,   // the next tile needs something else in the window slot
+  // The window slot is free once the last block is used: the next tile needs something else there.
+  // A: only where that block lies there.
+  kReleaseLast = 16,
   kReleaseSlots = 32,  // the last tile that uses the slots as they are
   kMore = 64,          // another tile follows
-  // kAhead only:
+  // A, G:
   kLowerWhole = 128,  // rows 0 ... 63 all exist
   kUpperWhole = 256,  // rows 64 ... 127 all exist
+  // A:
+  kLastIsFresh = 512,    // the last block was filled for this tile
+  kReleaseFirst = 1024,  // the window slot is free once the first block is used
+  kSlotsFresh = 2048,    // the slots were filled for this tile
+  kFirstPhase = 4096,    // parity of the phase that the fill of the first block completes ...
+  kLastPhase = 8192,     // ... and of the last
+  kReleaseLate = 16384,  // kReleaseSlots once the last block is used, which lies there, too
 };
-inline constexpr int kBlocksShift = 16;  // kAhead: num_blocks again, in the flags
+inline constexpr int kBlocksShift = 16;  // A, G: num_blocks again, in the flags
+// A: where the first and the last block lie (places of AlignedLayout).
+inline constexpr int kFirstPlaceShift = 20, kLastPlaceShift = 24;
 
+// Shared memory of the general mode's kernel, and of the backward's query kernel in both modes.
 // Bytes from a base aligned to 1024. kDim: 64 or 128 columns of 16 bits (a head_dim of 96 lies in
 // 128, the rest zero).
 template <int kDim, Mode kMode>
@@ -108,7 +116,8 @@ struct Layout {
   static_assert(2 * kConsumerRegisters + kProducerRegisters <= 3 * 168);
 };
 
-// mbarriers. "Full" is waited for by the consumers, "empty" by the producer.
+// mbarriers; the aligned mode's forward shares those before kFullGate. "Full" is waited for by the
+// consumers, "empty" by the producer.
 enum Barrier {
   kFullQ = 0,   // one per consumer warpgroup
   kEmptyQ = 2,  // likewise
@@ -120,10 +129,53 @@ enum Barrier {
   kEmptySlotK,
   kFullSlotV,
   kEmptySlotV,
-  kFullGate,  // two buffers
+  kFullGate,  // general mode: the slots' scores; aligned: two buffers of gates
   kNumBarriers = kFullGate + 2
 };
 static_assert(kNumBarriers <= 16);
+
+// Shared memory of the aligned mode's forward kernel. A place holds 128 keys of K, and the same of
+// V further on: blocks of slots 0 ... kMaxBlocks - 1, then the window slot.
+template <int kDim>
+struct AlignedLayout {
+  static constexpr int kBlockBytes = kTile * kDim * 2;
+  static constexpr int kHalfBytes = kTile * 64 * 2;
+  static constexpr int kMaxBlocks = kDim == 128 ? 2 : 4;
+  static constexpr int kSlots = kMaxBlocks * kTile;
+  static constexpr int kWindow = kMaxBlocks;  // the window slot's place
+  static constexpr int kPlaces = kMaxBlocks + 1;
+
+  static constexpr int kKeys = 0;
+  static constexpr int kValues = kKeys + kPlaces * kBlockBytes;
+  static constexpr int kQ = kValues + kPlaces * kBlockBytes;
+  static constexpr int kQBytes = 64 * kDim * 2;
+  static constexpr int kGate = kQ + 2 * kQBytes;  // log2 of the slots' gates, each twice
+  static constexpr int kStart = kGate;            // before: keys of a head that is entered late
+  static constexpr int kRowList = kGate + kSlots * 8;  // rows that enter, two lists of kTile
+  static constexpr int kRowCount = kRowList + 2 * kTile * 2;
+  static constexpr int kScan = kRowCount + 16;
+  static constexpr int kPlans = kScan + (kThreads / 32) * 4;
+  static constexpr int kBarriers = kPlans + 2 * static_cast<int>(sizeof(TilePlan));
+  static constexpr int kBytes = kBarriers + 21 * 8;
+  static_assert(kBytes <= 232448, "shared memory of a block on Hopper");
+  static_assert(kQ % 1024 == 0 && kPlans % 16 == 0 && kBarriers % 8 == 0);
+
+  static constexpr int kConsumerRegisters = kDim == 128 ? 224 : 208;
+  static constexpr int kProducerRegisters = kDim == 128 ? 56 : 88;
+  static_assert(2 * kConsumerRegisters + kProducerRegisters <= 3 * 168);
+};
+
+// Its mbarriers beyond kEmptySlotV. kFullHeadK, kFullHeadV: tiles 0 and 1 of a head, in the first
+// two blocks of slots. kFullRows, kEmptyRows: the two lists of rows that enter the slots.
+enum AlignedBarrier {
+  kFullHeadK = kEmptySlotV + 1,
+  kFullHeadV = kFullHeadK + 2,
+  kFullRows = kFullHeadV + 2,
+  kEmptyRows = kFullRows + 2,
+  kEmptyGate = kEmptyRows + 2,
+  kNumAlignedBarriers
+};
+static_assert(kNumAlignedBarriers == 21);
 
 struct Params {
   CUtensorMap q, k, v, out;  // {column, position, head, batch}

@@ -1,5 +1,5 @@
-// A consumer warpgroup of the plain kernel (Pipeline::kPlain, aligned mode): 64 query rows of a
-// tile, one 128-key block after another.
+// A consumer warpgroup in aligned mode: 64 query rows of a tile, one 128-key
+// block after another.
 //
 // Every step issues the scores of one block together with the output product of the block before,
 // across tiles and heads: first block, slots, last block, next tile's first block ... So the matrix
@@ -11,6 +11,7 @@
 #include "cuda/device/hopper.cuh"
 #include "cuda/device/mma_sync.cuh"
 #include "cuda/device/wgmma.cuh"
+#include "cuda/sm90/attend/barriers.cuh"
 #include "cuda/sm90/attend/config.hpp"
 #include "cuda/sm90/attend/consumer_base.cuh"
 #include "cuda/sm90/attend/scores.cuh"
@@ -18,17 +19,15 @@
 namespace sparsek::cuda::sm90 {
 
 template <typename T, int kDim>
-class Consumer : ConsumerBase<T, kDim, Mode::kAligned> {
-  using Base = ConsumerBase<T, kDim, Mode::kAligned>;
-  using Base::clear_sums, Base::raise_reference, Base::after_first_scores, Base::collect;
-  using Base::flags_, Base::queries_pending_;
-  using Base::half, Base::half_of, Base::row, Base::row_of;
-  using Base::kOutRegs;
+class Consumer : ConsumerBase<T, kDim, AlignedLayout<kDim>> {
+  using Base = ConsumerBase<T, kDim, AlignedLayout<kDim>>;
+  using Base::clear_sums, Base::raise_reference, Base::end_products;
+  using Base::flags_, Base::half, Base::half_of, Base::row_of;
+  using Base::generic_, Base::O_, Base::P_, Base::p_, Base::Q_, Base::scale_, Base::smem_,
+      Base::wg_;
+  using Base::kOutRegs, Base::plan;
   using Base::m0_, Base::m1_, Base::l0_, Base::l1_, Base::s0_, Base::s1_, Base::r0_, Base::r1_;
-  using Base::p_, Base::smem_, Base::generic_, Base::wg_;
-  using Base::plan, Base::query_address, Base::end_products;
-  using Base::scale_;
-  using Base::store_lse, Base::store_row, Base::give_back_queries, Base::O_, Base::P_, Base::Q_;
+  using Base::store_row;
   using Base::tid, Base::lane, Base::warp, Base::quad, Base::barrier, Base::wait, Base::release;
   using typename Base::L;
   static constexpr int kK16 = kDim / 16;  // 16-column steps of the score product
@@ -45,8 +44,13 @@ class Consumer : ConsumerBase<T, kDim, Mode::kAligned> {
  public:
   __device__ __forceinline__ Consumer(Params const& p, std::uint32_t smem, char* generic, int wg)
       : Base(p, smem, generic, wg) {
-    desc_k_ = device::matrix_descriptor(smem, 16, 1024);
-    desc_v_ = device::matrix_descriptor(smem, L::kHalfBytes, 1024);
+    // NOTE: kept in registers; the compiler would work them out again and again.
+    staging_ = Base::query_address(0);
+    column_ = warp() * 16 + (lane() >> 2) - 2 * quad();
+    gates_ = smem + L::kGate + quad() * 32;
+    asm volatile("" : "+r"(staging_), "+r"(column_), "+r"(gates_));
+    desc_k_ = device::matrix_descriptor(smem + L::kKeys, 16, 1024);
+    desc_v_ = device::matrix_descriptor(smem + L::kValues, L::kHalfBytes, 1024);
   }
 
   __device__ __forceinline__ void run() {
@@ -59,18 +63,23 @@ class Consumer : ConsumerBase<T, kDim, Mode::kAligned> {
       if (!single) later_blocks();  // loads the next tile's queries, if there is one
       if (!more) break;
       if (single) load_queries();
+      int const old_flags = flags_;
       load_plan();
-      next_tile();
+      next_tile(old_flags);
     }
     last_output();
   }
 
  private:
-  // --- queries -----------------------------------------------------------------------------------
+  // --- queries and plan --------------------------------------------------------------------------
+  // This lane's 16 bytes of 16-column step kk in its warpgroup's part of the queries' buffer.
+  __device__ __forceinline__ std::uint32_t query_address(int kk) const {
+    return (staging_ ^ ((2 * kk & 7) << 4)) + (kk >> 2) * (64 * 128);
+  }
   // Waits for the next tile's queries and plan. Registers `Q` hold the queries, so that their
   // buffer can stage the output.
-  __device__ __forceinline__ void load_queries() {
-    wait(kFullQ + wg_, tiles_);
+  __device__ __forceinline__ void load_queries(std::uint32_t ready = 0) {
+    wait_unless(ready, kFullQ + wg_, tiles_);
     std::uint32_t r[4];
 #pragma unroll
     for (int kk = 0; kk < kK16; ++kk) {
@@ -78,49 +87,81 @@ class Consumer : ConsumerBase<T, kDim, Mode::kAligned> {
       Q_[4 * kk] = r[0], Q_[4 * kk + 1] = r[1], Q_[4 * kk + 2] = r[2], Q_[4 * kk + 3] = r[3];
     }
   }
+  // NOTE: broadcast, so that the compiler knows that the branches on flags are uniform; else it
+  // serialises the products.
   __device__ __forceinline__ void load_plan() {
-    TilePlan const& next = plan(tiles_);
-    // NOTE: broadcast, so that the compiler knows that the branches on them are uniform; else it
-    // serialises the products.
-    flags_ = __shfl_sync(~0u, next.flags, 0);
-    blocks_ = __shfl_sync(~0u, next.num_blocks, 0);
+    flags_ = __shfl_sync(~0u, plan(tiles_).flags, 0);
     ++tiles_;
+  }
+  __device__ __forceinline__ int num_blocks() const { return flags_ >> kBlocksShift & 15; }
+  __device__ __forceinline__ static int first_place(int flags) {
+    return flags >> kFirstPlaceShift & 15;
+  }
+  __device__ __forceinline__ static int last_place(int flags) {
+    return flags >> kLastPlaceShift & 15;
+  }
+
+  // Barriers are asked ahead, in the shadow of a product, and waited for where the answer was no: an
+  // answer takes over 100 cycles.
+  __device__ __forceinline__ std::uint32_t test(int i, std::uint32_t phase) const {
+    return mbarrier_test(barrier(i), phase & 1);
+  }
+  __device__ __forceinline__ void wait_unless(std::uint32_t over, int i,
+                                              std::uint32_t phase) const {
+    mbarrier_wait_unless(over, barrier(i), phase & 1);
+  }
+  // Keys of the block at `place`, filled for this tile.
+  __device__ __forceinline__ void wait_keys(int place, bool phase) const {
+    wait(place == L::kWindow ? kFullWindowK : kFullHeadK + place, phase);
+  }
+  __device__ __forceinline__ void wait_values(int place, bool phase) const {
+    wait(place == L::kWindow ? kFullWindowV : kFullHeadV + place, phase);
+  }
+  __device__ __forceinline__ void wait_first_values() const {
+    if (flags_ & kFirstIsFresh) wait_values(first_place(flags_), flags_ & kFirstPhase);
+  }
+  // A tile's last block, for its output product in the next tile.
+  __device__ __forceinline__ static int final_place(int flags) {
+    return flags & kSingle ? first_place(flags) : last_place(flags);
+  }
+  __device__ __forceinline__ void wait_final_values(int flags) const {
+    if (flags & (flags & kSingle ? kFirstIsFresh : kLastIsFresh)) {
+      wait_values(final_place(flags), flags & (flags & kSingle ? kFirstPhase : kLastPhase));
+    }
   }
 
   // --- products ----------------------------------------------------------------------------------
-  __device__ __forceinline__ std::uint64_t key_descriptor(int base, int kk) const {
-    return desc_k_ + (base >> 4) + (kk & 3) * 2 + (kk >> 2) * (L::kHalfBytes >> 4);
-  }
-  // S = Q K^T for 128 or 64 keys, or S += where the gates are in S already.
+  // S = Q K^T for the 128 or 64 keys at `place`, or S += where the gates are in S already.
   template <int N, bool kAccumulate>
-  __device__ __forceinline__ void multiply_keys(float (&S)[N], int base,
+  __device__ __forceinline__ void multiply_keys(float (&S)[N], int place,
                                                 std::bool_constant<kAccumulate>) {
     using Mma = device::Wgmma<T, N, device::BLayout::kKMajor>;
+    std::uint64_t const base = desc_k_ + place * (L::kBlockBytes >> 4);
 #pragma unroll
     for (int kk = 0; kk < kK16; ++kk) {
       std::uint32_t const* const q = Q_ + 4 * kk;
+      std::uint64_t const keys = base + (kk & 3) * 2 + (kk >> 2) * (L::kHalfBytes >> 4);
       if (kk == 0 && !kAccumulate)
-        Mma::first(S, q[0], q[1], q[2], q[3], key_descriptor(base, kk));
+        Mma::first(S, q[0], q[1], q[2], q[3], keys);
       else
-        Mma::next(S, q[0], q[1], q[2], q[3], key_descriptor(base, kk), 1);
+        Mma::next(S, q[0], q[1], q[2], q[3], keys, 1);
     }
     device::wgmma_commit();
   }
-  // O (+)= P V for the first kKeys keys.
-  template <int kKeys>
-  __device__ __forceinline__ void multiply_values(int base, bool accumulate, Int<kKeys>) {
+  // O (+)= P V for the first kNumKeys keys at `place`.
+  template <int kNumKeys>
+  __device__ __forceinline__ void multiply_values(int place, bool accumulate, Int<kNumKeys>) {
     using Mma = device::Wgmma<T, kOutRegs, device::BLayout::kNMajor>;
+    std::uint64_t const base = desc_v_ + place * (L::kBlockBytes >> 4);
 #pragma unroll
-    for (int kk = 0; kk < kKeys / 16; ++kk) {
+    for (int kk = 0; kk < kNumKeys / 16; ++kk) {
       std::uint32_t const* const w = P_ + 4 * kk;
-      Mma::next(O_, w[0], w[1], w[2], w[3], desc_v_ + (base >> 4) + kk * 128, kk > 0 || accumulate);
+      Mma::next(O_, w[0], w[1], w[2], w[3], base + kk * 128, kk > 0 || accumulate);
     }
     device::wgmma_commit();
   }
-  template <typename Prepare>
-  __device__ __forceinline__ void begin_products(Prepare&& prepare) {
+  __device__ __forceinline__ void begin_products() {
     device::named_barrier_sync(1 + wg_, 256);
-    prepare();
     device::pin(O_), device::pin(P_), device::pin(Q_);
     device::wgmma_fence();
   }
@@ -156,39 +197,9 @@ class Consumer : ConsumerBase<T, kDim, Mode::kAligned> {
     }
     l0_ += s0_ + r0_, l1_ += s1_ + r1_;
   }
-
-  // --- gates -------------------------------------------------------------------------------------
-  // The gates enter as the initial value of the accumulators.
-  __device__ __forceinline__ void fetch_gates(float (&X)[32], int block) const {
-    std::uint32_t const address =
-        smem_ + L::kGate + (slot_uses_ & 1) * L::kGateBytes + block * kTile * 4 + quad() * 16;
-#pragma unroll
-    for (int i = 0; i < 32; i += 4) {
-      float4 const x = device::load_shared_float4(address + 16 * i);
-      X[i] = x.x, X[i + 1] = x.y, X[i + 2] = x.z, X[i + 3] = x.w;
-    }
-  }
-  __device__ __forceinline__ static void spread_gates(Scores128& S, float (&X)[32]) {
-    device::pin(X);
-#pragma unroll
-    for (int j = 0; j < 16; ++j) {
-      S[4 * j] = S[4 * j + 2] = X[2 * j], S[4 * j + 1] = S[4 * j + 3] = X[2 * j + 1];
-    }
-  }
-
-  // --- steps -------------------------------------------------------------------------------------
-  // The window slot's next use: remembers the parity of its fill for V, waits for K.
-  __device__ __forceinline__ void use_window(bool fresh) {
-    if (fresh) ++window_fills_;
-    wait(kFullWindowK, window_fills_ - 1);
-  }
-
-  // Masks a block of the window slot and gives the first reference exponent.
-  template <int N>
-  __device__ __forceinline__ void mask_first(float (&S)[N]) {
-    if (flags_ & kDiagonalFirst) mask_future<0>(S, row(), quad());
-  }
+  // Masks the first block and takes the reference exponent from it.
   __device__ __forceinline__ void set_reference(Scores128& S) {
+    if (flags_ & kDiagonalFirst) mask_future<0>(S, 64 * half() + column_, 0);
     row_max(S, scale_, m0_, m1_);
     m0_ += kHeadroom, m1_ += kHeadroom;
   }
@@ -201,217 +212,234 @@ class Consumer : ConsumerBase<T, kDim, Mode::kAligned> {
     l0_ = s0_ + r0_, l1_ = s1_ + r1_;
   }
 
+  // --- gates -------------------------------------------------------------------------------------
+  // The gates are the initial value of the accumulators. They lie there as a thread's accumulators
+  // take them, once for each of its rows.
+  __device__ __forceinline__ void fetch_gates(Scores128& S, int block) const {
+    std::uint32_t const address = gates_ + block * kTile * 8;
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      float4 const x = device::load_shared_float4(address + (j >> 1) * 128 + (j & 1) * 16);
+      S[4 * j] = x.x, S[4 * j + 1] = x.y, S[4 * j + 2] = x.z, S[4 * j + 3] = x.w;
+    }
+  }
+
+  // --- steps -------------------------------------------------------------------------------------
   // The very first block, not overlapped with anything.
   __device__ __forceinline__ void first_tile() {
-    use_window(true);
+    wait_keys(first_place(flags_), flags_ & kFirstPhase);
     Scores128 S;
     device::pin(Q_);
     device::wgmma_fence();
-    multiply_keys(S, L::kWindowK, std::false_type{});
+    multiply_keys(S, first_place(flags_), std::false_type{});
     device::wgmma_wait<0>();
     device::pin(S), device::pin(Q_);
     // NOTE: the queries' buffer is given back only now: the product has taken the registers, so
     // every load from it has arrived. A barrier alone does not order ldmatrix before a bulk copy
     // into the same place.
-    if (flags_ & kMore) {
-      device::named_barrier_sync(3 + wg_, 128);
-      if (tid() == 0) device::mbarrier_arrive(barrier(kEmptyQ + wg_));
-    }
+    release(kEmptyQ + wg_);
     after_first_scores();
-    mask_first(S);
     set_reference(S);
     weigh_first(S, [](int) {});
     keys_in_last_ = 128;
   }
+  // Whether the slots are free when they have been used (not `late`), or the last block has been.
+  __device__ __forceinline__ static bool releases_slots(int flags, bool late) {
+    return (flags & (kReleaseSlots | kReleaseLate)) ==
+           (late ? kReleaseSlots | kReleaseLate : kReleaseSlots);
+  }
+  // What is free once a first block's scores are there.
+  __device__ __forceinline__ void after_first_scores() {
+    if (flags_ & kReleaseFirst) release(kEmptyWindowK);
+    if ((flags_ & kSingle) && releases_slots(flags_, true)) release(kEmptySlotK);
+  }
 
   // Slots and last block of a tile.
   __device__ __forceinline__ void later_blocks() {
-    std::uint32_t const first_fill = window_fills_ - 1;
-    for (int block = 0; block < blocks_; ++block) {
-      Scores128 S;
-      int const k_base = L::kSlotK + block * L::kBlockBytes;
-      float X[32];
-      wait(kFullGate + (slot_uses_ & 1), slot_uses_ >> 1);
-      fetch_gates(X, block);
-      wait(kFullSlotK, slot_uses_);
-      begin_products([&] { spread_gates(S, X); });
-      multiply_keys(S, k_base, std::true_type{});
-      if (block == 0)
-        wait(kFullWindowV, first_fill);
-      else
-        wait(kFullSlotV, slot_uses_);
-      device::wgmma_fence();
-      multiply_values(block == 0 ? L::kWindowV : L::kSlotV + (block - 1) * L::kBlockBytes,
-                      block > 0, Int<128>{});
-      end_products();
-      give_back_queries();
-      device::wgmma_wait<1>();
-      device::pin(S);
-      if (block + 1 == blocks_ && (flags_ & kReleaseSlots)) release(kEmptySlotK);
-      device::wgmma_wait<0>();
-      device::pin(O_), device::pin(P_), device::pin(Q_);
-      if (block == 0) release(kEmptyWindowV);
-      weigh_later(S);
+    int const blocks = num_blocks();
+    if (blocks > 0) slot_block(Int<0>{}, blocks);
+    if (blocks > 1) slot_block(Int<1>{}, blocks);
+    if constexpr (L::kMaxBlocks > 2) {
+      if (blocks > 2) slot_block(Int<2>{}, blocks);
+      if (blocks > 3) slot_block(Int<3>{}, blocks);
     }
-
     // The last block: the diagonal tile, or the window tile where the diagonal came first.
-    if (blocks_ > 0)
-      wait(kFullSlotV, slot_uses_);
-    else
-      wait(kFullWindowV, first_fill);
-    int const v_base = blocks_ > 0 ? L::kSlotV + (blocks_ - 1) * L::kBlockBytes : L::kWindowV;
-    use_window(true);
+    if (flags_ & kLastIsFresh) wait_keys(last_place(flags_), flags_ & kLastPhase);
+    if (blocks == 0)
+      wait_first_values();
+    else if (blocks == 1 && (flags_ & kSlotsFresh))
+      wait(kFullSlotV, slot_fills_);
     if (flags_ & kDiagonalFirst) {
-      last_block<128, false>(v_base);
+      last_block<128, false>(blocks);
     } else if (half() == 0) {  // keys 64 ... 127 are in these rows' future
-      last_block<64, true>(v_base);
+      last_block<64, true>(blocks);
     } else {
-      last_block<128, true>(v_base);
+      last_block<128, true>(blocks);
     }
+    if (blocks > 0 && (flags_ & kReleaseSlots)) ++slot_fills_;
+  }
+
+  template <int kBlock>
+  __device__ __forceinline__ void slot_block(Int<kBlock>, int blocks) {
+    Scores128 S;
+    if (kBlock == 0 && (flags_ & kSlotsFresh)) wait_unless(slots_ready_, kFullSlotK, slot_fills_);
+    fetch_gates(S, kBlock);
+    begin_products();
+    device::pin(S);
+    multiply_keys(S, kBlock, std::true_type{});
+    if constexpr (kBlock == 0) {
+      wait_first_values();
+    } else if constexpr (kBlock == 1) {
+      if (flags_ & kSlotsFresh) wait(kFullSlotV, slot_fills_);
+    }
+    device::wgmma_fence();
+    multiply_values(kBlock == 0 ? first_place(flags_) : kBlock - 1, kBlock > 0, Int<128>{});
+    end_products();
+    device::wgmma_wait<1>();
+    device::pin(S);
+    if (kBlock + 1 == blocks && (flags_ & kReleaseSlots)) {
+      release(kEmptyGate);
+      if (!(flags_ & kReleaseLate)) release(kEmptySlotK);
+    }
+    device::wgmma_wait<0>();
+    device::pin(O_), device::pin(P_), device::pin(Q_);
+    if (kBlock == 0 && (flags_ & kReleaseFirst)) release(kEmptyWindowV);
+    weigh_later(S);
   }
 
   template <int kKeys, bool kIsDiagonal>
-  __device__ __forceinline__ void last_block(int v_base) {
+  __device__ __forceinline__ void last_block(int blocks) {
     float S[kKeys / 2];
-    bool const accumulate = blocks_ > 0;
-    begin_products([] {});
-    multiply_keys(S, L::kWindowK, std::false_type{});
+    begin_products();
+    multiply_keys(S, last_place(flags_), std::false_type{});
     device::wgmma_fence();
-    multiply_values(v_base, accumulate, Int<128>{});
+    multiply_values(blocks > 0 ? blocks - 1 : first_place(flags_), blocks > 0, Int<128>{});
     end_products();
-    give_back_queries();
+    std::uint32_t const ready = test(kFullQ + wg_, tiles_);
     device::wgmma_wait<1>();
     device::pin(S);
     if (flags_ & kReleaseLast) release(kEmptyWindowK);
-    if constexpr (kIsDiagonal) mask_future<kKeys == 64 ? 0 : 64>(S, row(), quad());
+    if (releases_slots(flags_, true)) release(kEmptySlotK);
+    if constexpr (kIsDiagonal) mask_future<kKeys == 64 ? 0 : 64>(S, 64 * half() + column_, 0);
     device::wgmma_wait<0>();
     device::pin(O_), device::pin(P_), device::pin(Q_);
-    if (blocks_ == 0)
-      release(kEmptyWindowV);
-    else if (flags_ & kReleaseSlots)
-      release(kEmptySlotV);
-    if (blocks_ > 0 && (flags_ & kReleaseSlots)) ++slot_uses_;
-    if (flags_ & kMore) load_queries();
+    if (blocks == 0 && (flags_ & kReleaseFirst)) release(kEmptyWindowV);
+    if (releases_slots(flags_, false)) release(kEmptySlotV);
+    if (flags_ & kMore) load_queries(ready);
     weigh_later(S);
     keys_in_last_ = kKeys;
   }
 
   // First block of the next tile together with the output of the last block of this one, which
   // finishes it.
-  __device__ __forceinline__ void next_tile() {
-    TilePlan const& old = plan(tiles_ - 2);
-    int const old_flags = __shfl_sync(~0u, old.flags, 0);
-    bool const old_single = old_flags & kSingle, old_release = old_flags & kReleaseLast;
-    std::uint32_t const old_fill = window_fills_ - 1;
-    use_window(flags_ & kFirstIsFresh);
+  __device__ __forceinline__ void next_tile(int old_flags) {
+    int const place = first_place(flags_), old_place = final_place(old_flags);
+    bool const old_single = old_flags & kSingle;
+    if (flags_ & kFirstIsFresh) wait_keys(place, flags_ & kFirstPhase);
     Scores128 S;
-    auto const products = [&](auto keys) {
-      begin_products([] {});
-      multiply_keys(S, L::kWindowK, std::false_type{});
-      wait(kFullWindowV, old_fill);
+    begin_products();
+    multiply_keys(S, place, std::false_type{});
+    wait_final_values(old_flags);
+    if (keys_in_last_ == 128) {
       device::wgmma_fence();
-      multiply_values(L::kWindowV, !old_single, keys);
-    };
-    if (keys_in_last_ == 128)
-      products(Int<128>{});
-    else
-      products(Int<64>{});
+      multiply_values(old_place, !old_single, Int<128>{});
+    } else {
+      device::wgmma_fence();
+      multiply_values(old_place, !old_single, Int<64>{});
+    }
     end_products();
-    finish();
+    slots_ready_ = test(kFullSlotK, slot_fills_);
+    TilePlan const& old = plan(tiles_ - 2);
+    finish(old, old_flags);
     device::wgmma_wait<1>();
     device::pin(S);
     after_first_scores();
-    mask_first(S), set_reference(S);
+    set_reference(S);
     device::wgmma_wait<0>();
     device::pin(O_), device::pin(P_), device::pin(Q_);
-    if (old_release) release(kEmptyWindowV);
-    bool const whole = stores_whole(old);
-    weigh_first(S, [&](int g) {
-      if (g < kK16 && whole) stage(g);
-    });
-    store(old, whole);
+    if (old_flags & kReleaseLast) release(kEmptyWindowV);
+    if (releases_slots(old_flags, true)) release(kEmptySlotV);
+    if (is_whole(old_flags)) {
+      weigh_first(S, [&](int g) {
+        if (g < kK16) stage(g);
+      });
+      device::fence_async_proxy();
+    } else {
+      weigh_first(S, [](int) {});
+      store_rows(old, old_flags);
+    }
+    release(kEmptyQ + wg_);
     keys_in_last_ = 128;
-    if (flags_ & kSingle) give_back_queries();
   }
 
   // --- output ------------------------------------------------------------------------------------
-  // Takes over the sums of the finished tile.
-  __device__ __forceinline__ void finish() {
+  // Sums of the finished tile.
+  __device__ __forceinline__ void finish(TilePlan const& old, int old_flags) {
     l0_ += __shfl_xor_sync(~0u, l0_, 1), l1_ += __shfl_xor_sync(~0u, l1_, 1);
     l0_ += __shfl_xor_sync(~0u, l0_, 2), l1_ += __shfl_xor_sync(~0u, l1_, 2);
-    done_.l0 = l0_, done_.l1 = l1_, done_.m0 = m0_, done_.m1 = m1_;
-    done_.i0 = l0_ > 0.f ? __frcp_rn(l0_) : 0.f, done_.i1 = l1_ > 0.f ? __frcp_rn(l1_) : 0.f;
+    inverse0_ = l0_ > 0.f ? device::rcp_approx(l0_) : 0.f;
+    inverse1_ = l1_ > 0.f ? device::rcp_approx(l1_) : 0.f;
+    if (!p_.lse || quad() != 0) return;
+    int const r = 64 * half_of(old_flags) + column_;
+    // -inf where there is no weight.
+    float const lse0 = (m0_ + device::log2_approx(l0_)) * 0.69314718f;
+    float const lse1 = (m1_ + device::log2_approx(l1_)) * 0.69314718f;
+    float* const row = p_.lse + old.lse_offset + r * p_.stride_lse_position;
+    bool const whole = is_whole(old_flags);
+    if (whole || (r >= old.row_begin && r < old.row_end)) row[0] = lse0;
+    if (whole || (r + 8 >= old.row_begin && r + 8 < old.row_end)) {
+      row[8 * p_.stride_lse_position] = lse1;
+    }
   }
   // Whether this warpgroup's 64 rows all exist, so that the copy engine can store them.
-  __device__ __forceinline__ bool stores_whole(TilePlan const& old) const {
-    int const begin = 64 * half_of(old.flags);
-    return old.row_begin <= begin && old.row_end >= begin + 64;
+  __device__ __forceinline__ bool is_whole(int flags) const {
+    return flags & (half_of(flags) ? kUpperWhole : kLowerWhole);
   }
   // 16 of the columns, to this warpgroup's part of Q.
   __device__ __forceinline__ void stage(int kk) {
     device::stmatrix_x4(query_address(kk),
-                        device::pack2<T>(O_[8 * kk] * done_.i0, O_[8 * kk + 1] * done_.i0),
-                        device::pack2<T>(O_[8 * kk + 2] * done_.i1, O_[8 * kk + 3] * done_.i1),
-                        device::pack2<T>(O_[8 * kk + 4] * done_.i0, O_[8 * kk + 5] * done_.i0),
-                        device::pack2<T>(O_[8 * kk + 6] * done_.i1, O_[8 * kk + 7] * done_.i1));
+                        device::pack2<T>(O_[8 * kk] * inverse0_, O_[8 * kk + 1] * inverse0_),
+                        device::pack2<T>(O_[8 * kk + 2] * inverse1_, O_[8 * kk + 3] * inverse1_),
+                        device::pack2<T>(O_[8 * kk + 4] * inverse0_, O_[8 * kk + 5] * inverse0_),
+                        device::pack2<T>(O_[8 * kk + 6] * inverse1_, O_[8 * kk + 7] * inverse1_));
   }
-  __device__ __forceinline__ void store(TilePlan const& old, bool whole) {
-    int const r = row_of(old.flags);
-    if (p_.lse && quad() == 0) {
-      store_lse(old, r, done_.l0, done_.m0);
-      store_lse(old, r + 8, done_.l1, done_.m1);
-    }
-    if (whole) {
-      device::fence_async_proxy();
-      collect();
-      if (tid() == 0) {
-        int const position = old.q_position + 64 * half_of(old.flags);
-        for (int half = 0; half < kDim / 64; ++half) {
-          device::tma_store(&p_.out, smem_ + L::kQ + wg_ * L::kQBytes + half * (64 * 128),
-                            half * 64, position, old.q_head, old.batch);
-        }
-        device::tma_store_commit();
-      }
-    } else {
-      store_row(old, r, 0, done_.i0);
-      store_row(old, r + 8, 2, done_.i1);
-      collect();
-    }
-    queries_pending_ = flags_ & kMore;
+  __device__ __forceinline__ void store_rows(TilePlan const& old, int old_flags) {
+    int const r = row_of(old_flags);
+    store_row(old, r, 0, inverse0_);
+    store_row(old, r + 8, 2, inverse1_);
   }
   // Output of the last block of this block's last tile.
   __device__ __forceinline__ void last_output() {
-    TilePlan const& old = plan(tiles_ - 1);
-    wait(kFullWindowV, window_fills_ - 1);
-    bool const accumulate = !(flags_ & kSingle);
+    wait_final_values(flags_);
     if (keys_in_last_ == 64) {  // one product for both cases
 #pragma unroll
       for (int i = 16; i < 32; ++i) P_[i] = 0;
     }
     device::pin(O_), device::pin(P_);
     device::wgmma_fence();
-    multiply_values(L::kWindowV, accumulate, Int<128>{});
-    if (tid() == 0) device::tma_store_wait_read();
-    device::named_barrier_sync(3 + wg_, 128);
+    multiply_values(final_place(flags_), !(flags_ & kSingle), Int<128>{});
+    wait(kFullQ + wg_, tiles_);  // the output before has left the buffer
     device::wgmma_wait<0>();
     device::pin(O_), device::pin(P_);
-    finish();
-    bool const whole = stores_whole(old);
-    if (whole) {
+    TilePlan const& old = plan(tiles_ - 1);
+    finish(old, flags_);
+    if (is_whole(flags_)) {
 #pragma unroll
       for (int kk = 0; kk < kK16; ++kk) stage(kk);
+      device::fence_async_proxy();
+    } else {
+      store_rows(old, flags_);
     }
-    store(old, whole);
-    if (tid() == 0) device::tma_store_wait();
+    release(kEmptyQ + wg_);
   }
 
+  std::uint32_t staging_, gates_;
+  int column_;  // of the first row, within 64, minus the first column
   std::uint64_t desc_k_, desc_v_;
-
-  struct {
-    float l0, l1, m0, m1, i0, i1;
-  } done_;  // of the tile whose output is being finished
-  int blocks_ = 0, keys_in_last_ = 128;
-  std::uint32_t tiles_ = 0, window_fills_ = 0, slot_uses_ = 0;
+  float inverse0_, inverse1_;  // of the sums of the tile whose output is being finished
+  int keys_in_last_ = 128;
+  std::uint32_t tiles_ = 0, slot_fills_ = 0;
+  std::uint32_t slots_ready_ = 0;  // whether the next fill of the slots was seen
 };
 
 }  // namespace sparsek::cuda::sm90

@@ -1,5 +1,4 @@
-// What the consumer warpgroups of both kernels share, the plain one and the one that works ahead: the
-// state of 64 query rows, and their way out.
+// What the consumer warpgroups of both modes share: the state of 64 query rows, and their way out.
 //
 // NOTE: counters that only the derived classes use stand there: where they lie decides how the
 // compiler schedules the general mode.
@@ -11,18 +10,16 @@
 
 namespace sparsek::cuda::sm90 {
 
-template <typename T, int kDim, Mode kMode>
-class ConsumerBase : protected TileConsumer<Params, Layout<kDim, kMode>> {
-  using Base = TileConsumer<Params, Layout<kDim, kMode>>;
+template <typename T, int kDim, typename SharedLayout>
+class ConsumerBase : protected TileConsumer<Params, SharedLayout> {
+  using Base = TileConsumer<Params, SharedLayout>;
 
  protected:
-  using L = Layout<kDim, kMode>;
+  using L = SharedLayout;
   static constexpr int kOutRegs = kDim / 2;  // accumulators of the output
 
   using Base::Base;
-  using Base::generic_, Base::p_, Base::scale_, Base::smem_, Base::wg_;
-  using Base::half_of, Base::plan, Base::query_address, Base::release, Base::row_of;
-  using Base::tid, Base::lane, Base::warp, Base::quad, Base::barrier, Base::wait;
+  using Base::half_of, Base::p_, Base::quad, Base::row_of, Base::wg_;
 
   __device__ __forceinline__ int half() const { return half_of(flags_); }
   // This thread's rows of the tile are row() and row() + 8.
@@ -38,18 +35,6 @@ class ConsumerBase : protected TileConsumer<Params, Layout<kDim, kMode>> {
     for (int j = 0; j < kOutRegs / 4; ++j) {
       O_[4 * j] *= c0, O_[4 * j + 1] *= c0, O_[4 * j + 2] *= c1, O_[4 * j + 3] *= c1;
     }
-  }
-  // K of the window slot is free again once the first block's scores are there, unless the next
-  // tile uses it too.
-  __device__ __forceinline__ void after_first_scores() {
-    if (!(flags_ & kSingle) || (flags_ & kReleaseLast)) release(kEmptyWindowK);
-  }
-  // This warpgroup's first warp waits for the others: the output is staged, the plan read.
-  __device__ __forceinline__ void collect() {
-    if (warp() == 0)
-      device::named_barrier_sync(3 + wg_, 128);
-    else
-      device::named_barrier_arrive(3 + wg_, 128);
   }
   __device__ __forceinline__ void store_lse(TilePlan const& old, int r, float l, float m) {
     if (r < old.row_begin || r >= old.row_end) return;
@@ -71,15 +56,6 @@ class ConsumerBase : protected TileConsumer<Params, Layout<kDim, kMode>> {
       }
     }
   }
-  // The queries' buffer, once the output of the tile before has been read from it.
-  __device__ __forceinline__ void give_back_queries() {
-    if (!queries_pending_) return;
-    queries_pending_ = false;
-    if (tid() == 0) {
-      device::tma_store_wait_read();
-      device::mbarrier_arrive(barrier(kEmptyQ + wg_));
-    }
-  }
 
   float O_[kOutRegs];          // output
   std::uint32_t P_[32];        // weights, the next product's A operand
@@ -88,7 +64,6 @@ class ConsumerBase : protected TileConsumer<Params, Layout<kDim, kMode>> {
         l1_ = 0.f;           // reference exponent and this thread's part of the sum, two rows
   float s0_, s1_, r0_, r1_;  // sums of one block
   int flags_ = 0;
-  bool queries_pending_ = false;
 };
 
 }  // namespace sparsek::cuda::sm90

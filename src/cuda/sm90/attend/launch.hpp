@@ -1,4 +1,4 @@
-// The instantiations of the resident kernel, one translation unit each (generated, see
+// The instantiations of the resident kernels, one translation unit each (generated, see
 // CMakeLists.txt).
 #pragma once
 #include <cuda_bf16.h>
@@ -9,20 +9,18 @@
 
 namespace sparsek::cuda::sm90 {
 
-template <typename T, int kDim, Mode kMode, bool kValueGate, Pipeline kPipeline>
+template <typename T, int kDim, Mode kMode, bool kValueGate>
 void launch(Params const& p, int num_sms, cudaStream_t stream);
 
-#define SPARSEK_DECLARE_ONE(T, kDim, kMode, kValueGate, kPipeline)                    \
-  extern template void launch<T, kDim, Mode::kMode, kValueGate, Pipeline::kPipeline>( \
-      Params const&, int, cudaStream_t);
-#define SPARSEK_DECLARE(T)                             \
-  SPARSEK_DECLARE_ONE(T, 64, kAligned, false, kPlain)  \
-  SPARSEK_DECLARE_ONE(T, 64, kGeneral, false, kAhead)  \
-  SPARSEK_DECLARE_ONE(T, 64, kGeneral, true, kAhead)   \
-  SPARSEK_DECLARE_ONE(T, 128, kAligned, false, kPlain) \
-  SPARSEK_DECLARE_ONE(T, 128, kAligned, false, kAhead) \
-  SPARSEK_DECLARE_ONE(T, 128, kGeneral, false, kAhead) \
-  SPARSEK_DECLARE_ONE(T, 128, kGeneral, true, kAhead)
+#define SPARSEK_DECLARE_ONE(T, kDim, kMode, kValueGate) \
+  extern template void launch<T, kDim, Mode::kMode, kValueGate>(Params const&, int, cudaStream_t);
+#define SPARSEK_DECLARE(T)                     \
+  SPARSEK_DECLARE_ONE(T, 64, kAligned, false)  \
+  SPARSEK_DECLARE_ONE(T, 64, kGeneral, false)  \
+  SPARSEK_DECLARE_ONE(T, 64, kGeneral, true)   \
+  SPARSEK_DECLARE_ONE(T, 128, kAligned, false) \
+  SPARSEK_DECLARE_ONE(T, 128, kGeneral, false) \
+  SPARSEK_DECLARE_ONE(T, 128, kGeneral, true)
 SPARSEK_DECLARE(__half)
 SPARSEK_DECLARE(__nv_bfloat16)
 #undef SPARSEK_DECLARE

@@ -1,5 +1,6 @@
-// The producer warpgroup: bulk copies of Q and of the window slot, and the slots: who leaves, who
-// enters, gates, copies.
+// The producer warpgroup of the backward's query kernel, in both modes: bulk copies of Q and of the
+// window slot, and the slots: who leaves, who enters, gates, copies. The forward's producer of the
+// general mode is built on it.
 #pragma once
 #include "cuda/device/cp_async.cuh"
 #include "cuda/device/hopper.cuh"
@@ -214,7 +215,8 @@ class Producer {
   }
 
   // The same for the window slot, before all threads write to it. NOTE: one thread waits, the one
-  // that waits at every fill. Another could be fills ahead of it, where a parity means another phase.
+  // that waits at every fill. Another could be fills ahead of it, where a parity means another
+  // phase.
   __device__ __forceinline__ void wait_empty_together(int empty) {
     if (fills_window_ == 0) return;
     if (tid_ == 0) mbarrier_wait_empty(empty, fills_window_);

@@ -123,6 +123,22 @@ struct Cursor {
     if (++g < p.group) return false;
     g = 0;
     if (++t < tiles.end) return false;
+    enter_next_head(p);
+    return true;
+  }
+  // The same past the other query heads of the group, to the next tile of keys. False at the end of
+  // the range.
+  __device__ __forceinline__ bool advance_keys(Params const& p, bool& new_head) {
+    left -= tile_cost(t, p.num_blocks) * (p.group - g);
+    if (done()) return false;
+    g = 0;
+    new_head = ++t == tiles.end;
+    if (new_head) enter_next_head(p);
+    return true;
+  }
+
+ private:
+  __device__ __forceinline__ void enter_next_head(Params const& p) {
     if (++kv_head == p.num_kv_heads) {
       kv_head = 0;
       ++sequence;
@@ -134,7 +150,6 @@ struct Cursor {
       }
     }
     t = tiles.begin;
-    return true;
   }
 };
 

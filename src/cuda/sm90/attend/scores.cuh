@@ -1,14 +1,10 @@
-// What is done to a block of scores before they are weighed: masks, the gates of the aligned mode,
-// maxima.
+// What is done to a block of scores before they are weighed: the causal mask, maxima.
 //
-// S holds two rows of a thread, `row` and `row + 8`, as the matrix units leave them: columns 8 j + 2
-// quad and the next one in S[4 j] and S[4 j + 1] for the first row, S[4 j + 2] and S[4 j + 3] for
-// the second.
+// S holds two rows of a thread, `row` and `row + 8`, as the matrix units leave them: columns
+// 8 j + 2 quad and the next one in S[4 j] and S[4 j + 1] for the first row, S[4 j + 2] and
+// S[4 j + 3] for the second.
 #pragma once
 #include <cmath>
-#include <cstdint>
-
-#include "cuda/device/hopper.cuh"
 
 namespace sparsek::cuda::sm90 {
 
@@ -22,18 +18,6 @@ __device__ __forceinline__ void mask_future(float (&S)[N], int row, int quad) {
     if (8 * j + 1 > last) S[4 * j + 1] = -INFINITY;
     if (8 * j > last + 8) S[4 * j + 2] = -INFINITY;
     if (8 * j + 1 > last + 8) S[4 * j + 3] = -INFINITY;
-  }
-}
-
-// Aligned mode: adds log2(m) / scale to the scores of a block of slots; `gates`: the shared address
-// of the block's.
-__device__ __forceinline__ void add_gates(float (&S)[64], std::uint32_t gates, int quad) {
-#pragma unroll
-  for (int g = 0; g < 8; ++g) {
-    float4 const x = device::load_shared_float4(gates + quad * 16 + 64 * g);
-    float* const s = S + 8 * g;
-    s[0] += x.x, s[1] += x.y, s[2] += x.x, s[3] += x.y;
-    s[4] += x.z, s[5] += x.w, s[6] += x.z, s[7] += x.w;
   }
 }
 

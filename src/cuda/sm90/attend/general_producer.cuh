@@ -1,9 +1,9 @@
-// The producer warpgroup of the kernel that works ahead (Pipeline::kAhead): bulk copies of Q and of
-// the window slot, and the slots: who leaves, who enters, gates, copies.
+// The producer warpgroup in general mode: bulk copies of Q and of the window slot, and the slots:
+// who leaves, who enters, scores, copies.
 //
 // Keys are admitted to the next tile's slots between the copy of the diagonal tile's K and that of
-// its V, when the consumers have not yet given back the place of V. What it shares with the plain
-// producer (addresses, barriers, taking a key, scores) is inherited.
+// its V, when the consumers have not yet given back the place of V. What it shares with the
+// backward's producer (addresses, barriers, taking a key, scores) is inherited.
 #pragma once
 #include "cuda/device/cp_async.cuh"
 #include "cuda/device/hopper.cuh"
@@ -13,19 +13,19 @@
 
 namespace sparsek::cuda::sm90 {
 
-template <int kDim, Mode kMode>
-class AheadProducer : Producer<kDim, kMode> {
-  using Base = Producer<kDim, kMode>;
-  using L = Layout<kDim, kMode>;
+template <int kDim>
+class GeneralProducer : Producer<kDim, Mode::kGeneral> {
+  using Base = Producer<kDim, Mode::kGeneral>;
+  using L = Layout<kDim, Mode::kGeneral>;
   static constexpr int kBlocks = L::kMaxBlocks;
   static constexpr int kScan = 2;  // loads in flight where a range starts in mid-head
   using Base::barrier, Base::batch_coordinate, Base::chunk_address, Base::chunk_row;
   using Base::copy_partial_block, Base::expiry_row, Base::gate_place, Base::load_block;
   using Base::expiry_, Base::fills_q_, Base::fills_slots_, Base::fills_window_, Base::fresh_;
-  using Base::key_, Base::lane_, Base::next_expiry_, Base::next_tau_, Base::p_, Base::score_;
-  using Base::mbarrier_wait_empty, Base::prefetch, Base::releases_last, Base::take_key;
-  using Base::smem_, Base::tid_, Base::warp_;
-  using Base::threshold_of, Base::wait_empty_together, Base::write_slot_scores;
+  using Base::key_, Base::lane_, Base::next_expiry_, Base::p_, Base::score_;
+  using Base::mbarrier_wait_empty, Base::prefetch, Base::releases_last, Base::score_at;
+  using Base::smem_, Base::take_key, Base::tid_, Base::warp_;
+  using Base::wait_empty_together, Base::write_slot_scores;
 
  public:
   using Base::Base;
@@ -51,7 +51,6 @@ class AheadProducer : Producer<kDim, kMode> {
       if (t > 0) fill_window_keys(cursor, last);
       if (moves) {
         admit(cursor, t + 1);
-        if (kMode == Mode::kAligned) write_gates(cursor, t + 1);
         prefetch(cursor, t + 2);
       }
       if (t > 0) fill_window_values(cursor, last);
@@ -131,26 +130,22 @@ class AheadProducer : Producer<kDim, kMode> {
   }
   __device__ __forceinline__ void fill_window_values(Cursor const& c, int tile) {
     bool const partial = is_partial(c, tile);
-    if (kMode == Mode::kGeneral || partial) {
-      float score = 0.f;
-      int seen_until = 0;
-      if (kMode == Mode::kGeneral && tile * kTile + tid_ < c.tiles.valid) {
-        seen_until = p_.expiry[expiry_row(c) + tile * kTile + tid_];
-        if (p_.gated) score = p_.scores[score_at(c, tile * kTile + tid_)];
-      }
-      wait_empty_together(kEmptyWindowV);
-      if (kMode == Mode::kGeneral) {
-        int const place = gate_place(tid_);
-        at<float>(L::kWindowScore)[place] = score;
-        at<std::uint16_t>(L::kWindowExpiry)[place] =
-            static_cast<std::uint16_t>(min(max(seen_until - tile * kTile, 0), 2 * kTile));
-      }
-      if (partial) {
-        copy_partial_block(L::kWindowV, p_.v_rows, p_.stride_v_batch, p_.stride_v_head,
-                           p_.stride_v_position, tile, c);
-      }
-      device::named_barrier_sync(kProducerBarrier, 128);
+    float score = 0.f;
+    int seen_until = 0;
+    if (tile * kTile + tid_ < c.tiles.valid) {
+      seen_until = p_.expiry[expiry_row(c) + tile * kTile + tid_];
+      if (p_.gated) score = p_.scores[score_at(c, tile * kTile + tid_)];
     }
+    wait_empty_together(kEmptyWindowV);
+    int const place = gate_place(tid_);
+    at<float>(L::kWindowScore)[place] = score;
+    at<std::uint16_t>(L::kWindowExpiry)[place] =
+        static_cast<std::uint16_t>(min(max(seen_until - tile * kTile, 0), 2 * kTile));
+    if (partial) {
+      copy_partial_block(L::kWindowV, p_.v_rows, p_.stride_v_batch, p_.stride_v_head,
+                         p_.stride_v_position, tile, c);
+    }
+    device::named_barrier_sync(kProducerBarrier, 128);
     if (tid_ == 0) {
       if (partial) {
         device::mbarrier_arrive(barrier(kFullWindowV));
@@ -191,8 +186,6 @@ class AheadProducer : Producer<kDim, kMode> {
         if (from < 4) take_key(c, i, lists[from * L::kSlots + place]);
       }
       device::named_barrier_sync(kProducerBarrier, 128);
-      next_tau_ = p_.gated ? threshold_of(c, t) : 0.f;
-      if (kMode == Mode::kAligned) write_gates(c, t);
       copy_slots(c);
     }
     prefetch(c, max(t + 1, 2));
@@ -237,7 +230,7 @@ class AheadProducer : Producer<kDim, kMode> {
     return count;
   }
 
-  // The prefetched keys that the cursor's tile sees take the place of keys that it no longer sees.
+  // The prefetched keys that `tile` sees take the place of keys that it no longer sees.
   __device__ __forceinline__ void admit(Cursor const& c, int tile) {
     std::uint32_t const lower = (1u << lane_) - 1;
     int const now = tile * kTile;
@@ -282,30 +275,12 @@ class AheadProducer : Producer<kDim, kMode> {
     copy_rows(c, L::kSlotK, p_.k_rows, p_.stride_k_batch, p_.stride_k_head, p_.stride_k_position);
     device::mbarrier_arrive(barrier(kFullSlotK));
     if (fills_slots_) mbarrier_wait_empty(kEmptySlotV, fills_slots_);
-    if (kMode == Mode::kGeneral) write_slot_scores(c);
+    write_slot_scores(c);
     copy_rows(c, L::kSlotV, p_.v_rows, p_.stride_v_batch, p_.stride_v_head, p_.stride_v_position);
     device::mbarrier_arrive(barrier(kFullSlotV));
     ++fills_slots_;
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) fresh_[i] &= i >= slot_blocks(c.t, p_.num_blocks);
-  }
-
-  // Aligned: log2 of the gates in units of the score accumulators, -inf for slots without a live
-  // key.
-  __device__ __forceinline__ void write_gates(Cursor const& c, int tile) {
-    int const now = tile * kTile;
-    int const pool_end = now / p_.chunk_size * p_.chunk_size - p_.window;
-    float const inverse_scale = 1.f / p_.scale_log2;
-    float* const gates = at<float>(L::kGate + (fills_slots_ & 1) * L::kGateBytes);
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      if (i >= p_.num_blocks) break;
-      float m = expiry_[i] > now ? 1.f : 0.f;
-      if (p_.gated && expiry_[i] > now && key_[i] < pool_end)
-        m = __saturatef(score_[i] - next_tau_);
-      gates[i * kTile + gate_place(tid_)] = __log2f(m) * inverse_scale;
-    }
-    device::mbarrier_arrive(barrier(kFullGate + (fills_slots_ & 1)));
   }
 
   // Copies the fresh rows of this warp's slots. Where a head starts, slots without a key are

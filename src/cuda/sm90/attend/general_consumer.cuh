@@ -1,14 +1,12 @@
-// A consumer warpgroup of the kernel that works ahead (Pipeline::kAhead, both modes): 64 query rows
-// of a tile, one 128-key block after another.
+// A consumer warpgroup in general mode: 64 query rows of a tile, one 128-key block after another.
 //
 // Every step issues the scores of one block together with the output product of the block before,
 // across tiles and heads: first block, slots, last block, next tile's first block ... So the matrix
 // units have work while the weights of a block are computed, and the two warpgroups take turns in
 // issuing (named barriers 1 and 2). What can be done in the shadow of the products is done there:
-// barriers are asked ahead, the next queries and plan are loaded, gates are added, maxima found.
+// barriers are asked ahead, the next queries and plan are loaded, keys are masked, maxima found.
 #pragma once
 #include <type_traits>
-#include <utility>
 
 #include "cuda/device/hopper.cuh"
 #include "cuda/device/mma_sync.cuh"
@@ -20,39 +18,33 @@
 
 namespace sparsek::cuda::sm90 {
 
-template <typename T, int kDim, Mode kMode, bool kValueGate>
-class AheadConsumer : ConsumerBase<T, kDim, kMode> {
-  using Base = ConsumerBase<T, kDim, kMode>;
-  using Base::clear_sums, Base::raise_reference, Base::after_first_scores, Base::collect;
-  using Base::flags_, Base::queries_pending_;
-  using Base::half, Base::half_of, Base::row, Base::row_of;
-  using Base::kOutRegs;
+template <typename T, int kDim, bool kValueGate>
+class GeneralConsumer : ConsumerBase<T, kDim, Layout<kDim, Mode::kGeneral>> {
+  using Base = ConsumerBase<T, kDim, Layout<kDim, Mode::kGeneral>>;
+  using Base::clear_sums, Base::end_products, Base::raise_reference;
+  using Base::flags_, Base::half, Base::half_of, Base::row, Base::row_of;
+  using Base::kOutRegs, Base::plan, Base::query_address, Base::store_lse, Base::store_row;
   using Base::m0_, Base::m1_, Base::l0_, Base::l1_, Base::s0_, Base::s1_, Base::r0_, Base::r1_;
-  using Base::p_, Base::smem_, Base::generic_, Base::wg_;
-  using Base::plan, Base::query_address, Base::end_products;
-  using Base::scale_;
-  using Base::store_lse, Base::store_row, Base::give_back_queries, Base::O_, Base::P_, Base::Q_;
-  using Base::tid, Base::lane, Base::warp, Base::quad, Base::barrier, Base::wait, Base::release;
+  using Base::O_, Base::P_, Base::p_, Base::Q_, Base::scale_, Base::smem_, Base::wg_;
+  using Base::tid, Base::warp, Base::quad, Base::barrier, Base::wait, Base::release;
   using typename Base::L;
   static constexpr int kK16 = kDim / 16;  // 16-column steps of the score product
-  static constexpr bool kGeneral = kMode == Mode::kGeneral;
   template <int N>
   using Int = std::integral_constant<int, N>;
   using Scores128 = float[64];
 
-  // Aligned: a tile's first block sets the reference exponent kHeadroom above its row maximum.
-  // Later blocks are weighed without looking for a maximum: fp16 has room for weights 2^(kHeadroom
-  // + 14) times the first block's largest, and the sums show whether that sufficed. If not, the
-  // scores are still there: find the maximum, rescale, weigh again. Each warp decides for itself.
-  // General: the gates need the registers in which the scores would wait for that, so every block's
-  // maximum is found first; where one exceeds the reference, that is set kHeadroom above it.
-  static constexpr float kHeadroom = 8.f, kSumLimit = 16384.f;
+  // A tile's first block sets the reference exponent kHeadroom above its row maximum. Of later
+  // blocks the maximum is found before they are weighed; where it exceeds the reference, that is
+  // set kHeadroom above it. (In aligned mode the weights' sums show whether a maximum is needed.
+  // Here the gates need the registers in which the scores would wait for that.) Each warp decides
+  // for itself.
+  static constexpr float kHeadroom = 8.f;
   // Stands for the maximum of a row that has seen no key yet.
   static constexpr float kNoReference = -1e30f;
 
  public:
-  __device__ __forceinline__ AheadConsumer(Params const& p, std::uint32_t smem, char* generic,
-                                           int wg)
+  __device__ __forceinline__ GeneralConsumer(Params const& p, std::uint32_t smem, char* generic,
+                                             int wg)
       : Base(p, smem, generic, wg) {}
 
   __device__ __forceinline__ void run() {
@@ -108,21 +100,26 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
   }
   // The next tile becomes the current one.
   __device__ __forceinline__ void next_plan() { flags_ = next_flags_; }
-  // General: thresholds of this thread's two rows, and where their pools end relative to the window
-  // tile.
+  // Thresholds of this thread's two rows, and where their pools end relative to the window tile.
   __device__ __forceinline__ void load_thresholds() {
-    if constexpr (kGeneral) {
-      TilePlan const& now = plan(tiles_ - 1);
-      int const tile = __shfl_sync(~0u, now.tile, 0);
+    TilePlan const& now = plan(tiles_ - 1);
+    int const tile = __shfl_sync(~0u, now.tile, 0);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        int const position = tile * kTile + row() + 8 * r;
-        int const chunk = position / p_.chunk_size;
-        int const valid_chunk =
-            min(chunk, (tile * kTile + max(now.row_end, 1) - 1) / p_.chunk_size);
-        tau_[r] = p_.gated ? p_.threshold[now.chunk_offset + valid_chunk] : 0.f;
-        pool_end_[r] = p_.gated ? chunk * p_.chunk_size - p_.window - (tile - 1) * kTile : -kTile;
-      }
+    for (int r = 0; r < 2; ++r) {
+      int const position = tile * kTile + row() + 8 * r;
+      int const chunk = position / p_.chunk_size;
+      int const valid_chunk = min(chunk, (tile * kTile + max(now.row_end, 1) - 1) / p_.chunk_size);
+      tau_[r] = p_.gated ? p_.threshold[now.chunk_offset + valid_chunk] : 0.f;
+      pool_end_[r] = p_.gated ? chunk * p_.chunk_size - p_.window - (tile - 1) * kTile : -kTile;
+    }
+  }
+  // Gives the queries' buffer back, once the output of the tile before has been read from it.
+  __device__ __forceinline__ void give_back_queries() {
+    if (!queries_pending_) return;
+    queries_pending_ = false;
+    if (tid() == 0) {
+      device::tma_store_wait_read();
+      device::mbarrier_arrive(barrier(kEmptyQ + wg_));
     }
   }
   __device__ __forceinline__ int blocks() const { return flags_ >> kBlocksShift; }
@@ -174,7 +171,7 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
   }
 
   // --- softmax -----------------------------------------------------------------------------------
-  // Which gates weigh a block's columns in general mode.
+  // Which gates weigh a block's columns.
   enum class Columns { kPlain, kSlots, kWindow, kDiagonal };
 
   // Gates of 4 columns (16 g + 2 q, + 1, + 8, + 9) for this thread's two rows.
@@ -203,7 +200,7 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
   template <Columns kColumns, int N>
   __device__ __forceinline__ void weigh(float (&S)[N], int g, int block) {
     float m[2][4];
-    constexpr bool kGated = kGeneral && kColumns != Columns::kPlain;
+    constexpr bool kGated = kColumns != Columns::kPlain;
     if (kGated) gates_of<kColumns>(g, block, m);
 #pragma unroll
     for (int i = 8 * g; i < 8 * g + 8; i += 4) {
@@ -230,7 +227,7 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
 #pragma unroll
     for (int g = 0; g < N / 8; ++g) weigh<kColumns>(S, g, block);
   }
-  // General: the block's maxima, in the shadow of the output product.
+  // The block's maxima, in the shadow of the output product.
   template <int N>
   __device__ __forceinline__ void find_maxima(float (&S)[N]) {
     row_max(S, scale_, x0_, x1_);
@@ -239,26 +236,16 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
   }
   template <Columns kColumns, int N>
   __device__ __forceinline__ void weigh_later(float (&S)[N], int block) {
-    if constexpr (kGeneral) {
-      if (__any_sync(~0u, x0_ > m0_ || x1_ > m1_)) {
-        raise_reference(fmaxf(m0_, x0_ + kHeadroom), fmaxf(m1_, x1_ + kHeadroom));
-      }
-      weigh_block<kColumns>(S, block);
-    } else {
-      weigh_block<kColumns>(S, block);
-      if (__any_sync(~0u, !(s0_ + r0_ < kSumLimit && s1_ + r1_ < kSumLimit))) {
-        float x0, x1;
-        row_max(S, scale_, x0, x1);
-        raise_reference(fmaxf(m0_, x0 + kHeadroom), fmaxf(m1_, x1 + kHeadroom));
-        weigh_block<kColumns>(S, block);
-      }
+    if (__any_sync(~0u, x0_ > m0_ || x1_ > m1_)) {
+      raise_reference(fmaxf(m0_, x0_ + kHeadroom), fmaxf(m1_, x1_ + kHeadroom));
     }
+    weigh_block<kColumns>(S, block);
     l0_ += s0_ + r0_, l1_ += s1_ + r1_;
   }
 
   // --- masks -------------------------------------------------------------------------------------
-  // General mode: a key is seen by rows before its expiry; `rows_before`: rows from the tile that
-  // the expiries count from to this one.
+  // A key is seen by rows before its expiry; `rows_before`: rows from the tile that the expiries
+  // count from to this one.
   template <int N>
   __device__ __forceinline__ void mask_expired(float (&S)[N], int expiry_base,
                                                int rows_before) const {
@@ -283,24 +270,23 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
   __device__ __forceinline__ void mask_first(float (&S)[N]) {
     if (flags_ & kDiagonalFirst) {
       mask_future<0>(S, row(), quad());
-      if (kGeneral && !p_.diagonal_plain) mask_expired(S, L::kWindowExpiry, 0);
-    } else if (kGeneral) {
+      if (!p_.diagonal_plain) mask_expired(S, L::kWindowExpiry, 0);
+    } else {
       mask_expired(S, L::kWindowExpiry, kTile);
     }
   }
   __device__ __forceinline__ void set_reference(Scores128& S) {
     row_max(S, scale_, m0_, m1_);
-    m0_ += kHeadroom, m1_ += kHeadroom;
-    if constexpr (kGeneral) m0_ = fmaxf(m0_, kNoReference), m1_ = fmaxf(m1_, kNoReference);
+    m0_ = fmaxf(m0_ + kHeadroom, kNoReference), m1_ = fmaxf(m1_ + kHeadroom, kNoReference);
   }
   // Weights of the first block; `between` runs after every 16 keys.
   template <typename Between>
   __device__ __forceinline__ void weigh_first(Scores128& S, Between&& between) {
     clear_sums();
-    if (kGeneral && !(flags_ & kDiagonalFirst)) {
+    if (!(flags_ & kDiagonalFirst)) {
 #pragma unroll
       for (int g = 0; g < 8; ++g) weigh<Columns::kWindow>(S, g, 0), between(g);
-    } else if (kGeneral && !p_.diagonal_plain) {
+    } else if (!p_.diagonal_plain) {
 #pragma unroll
       for (int g = 0; g < 8; ++g) weigh<Columns::kDiagonal>(S, g, 0), between(g);
     } else {
@@ -308,6 +294,12 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
       for (int g = 0; g < 8; ++g) weigh<Columns::kPlain>(S, g, 0), between(g);
     }
     l0_ = s0_ + r0_, l1_ = s1_ + r1_;
+  }
+
+  // K of the window slot is free again once the first block's scores are there, unless the next
+  // tile uses it too.
+  __device__ __forceinline__ void after_first_scores() {
+    if (!(flags_ & kSingle) || (flags_ & kReleaseLast)) release(kEmptyWindowK);
   }
 
   // The very first block, not overlapped with anything.
@@ -327,7 +319,7 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
       if (tid() == 0) device::mbarrier_arrive(barrier(kEmptyQ + wg_));
     }
     after_first_scores();
-    if (kGeneral) wait(kFullWindowV, window_fills_ - 1);
+    wait(kFullWindowV, window_fills_ - 1);
     mask_first(S);
     set_reference(S);
     weigh_first(S, [](int) {});
@@ -337,11 +329,7 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
 
   // Slots and last block of a tile.
   __device__ __forceinline__ void later_blocks() {
-    if constexpr (kGeneral) {
-      for (int block = 0; block < blocks(); ++block) slot_block(block);
-    } else {
-      each_block(std::make_integer_sequence<int, L::kMaxBlocks>{});
-    }
+    for (int block = 0; block < blocks(); ++block) slot_block(block);
     // The last block: the diagonal tile, or the window tile where the diagonal came first.
     if (flags_ & kDiagonalFirst) {
       last_block<128, Columns::kWindow>();
@@ -351,13 +339,8 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
       last_block<128, Columns::kDiagonal>();
     }
   }
-  template <int... kBlocks>
-  __device__ __forceinline__ void each_block(std::integer_sequence<int, kBlocks...>) {
-    ((kBlocks < blocks() ? slot_block(Int<kBlocks>{}) : void()), ...);
-  }
 
-  template <typename Block>
-  __device__ __forceinline__ void slot_block(Block block) {
+  __device__ __forceinline__ void slot_block(int block) {
     Scores128 S;
     if (block == 0) wait_unless(slots_over_, kFullSlotK, slot_uses_);
     begin_products();
@@ -376,21 +359,15 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
     device::wgmma_wait<1>();
     device::pin(S);
     if (block + 1 == blocks() && (flags_ & kReleaseSlots)) release(kEmptySlotK);
-    if constexpr (kGeneral) {
-      if (block == 0) wait(kFullGate, slot_uses_);
-      mask_expired(S, L::kSlotExpiry + block * kTile * 2, 0);
-      find_maxima(S);
-    } else {
-      // They came with K.
-      std::uint32_t const gates = smem_ + L::kGate + (slot_uses_ & 1) * L::kGateBytes;
-      add_gates(S, gates + block * kTile * 4, quad());
-    }
+    if (block == 0) wait(kFullGate, slot_uses_);
+    mask_expired(S, L::kSlotExpiry + block * kTile * 2, 0);
+    find_maxima(S);
     device::pin(S);
     if (block + 1 == blocks()) window_over_ = test(kFullWindowK, window_fills_);
     device::wgmma_wait<0>();
     device::pin(O_), device::pin(P_), device::pin(Q_);
     if (block == 0) release(kEmptyWindowV);
-    if (kGeneral && p_.gated) {
+    if (p_.gated) {
       weigh_later<Columns::kSlots>(S, block);
     } else {
       weigh_later<Columns::kPlain>(S, block);
@@ -434,30 +411,26 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
     if (any && more) load_next();
     window_over_ = test(kFullWindowV, window_fills_ - 1);
     bool const plain = kColumns == Columns::kDiagonal && p_.diagonal_plain;
-    if constexpr (kGeneral) {
-      // Expiries and scores of the window slot come with V, whose place is free only after the
-      // output product where that reads it.
-      if (!any) {
-        device::wgmma_wait<0>();
-        release(kEmptyWindowV);
-      }
-      if (!plain) {
-        wait(kFullWindowV, window_fills_ - 1);
-        mask_expired(S, L::kWindowExpiry, kColumns == Columns::kWindow ? kTile : 0);
-      }
-      find_maxima(S);
-      device::pin(S);
+    // Expiries and scores of the window slot come with V, whose place is free only after the output
+    // product where that reads it.
+    if (!any) {
+      device::wgmma_wait<0>();
+      release(kEmptyWindowV);
     }
+    if (!plain) {
+      wait(kFullWindowV, window_fills_ - 1);
+      mask_expired(S, L::kWindowExpiry, kColumns == Columns::kWindow ? kTile : 0);
+    }
+    find_maxima(S);
+    device::pin(S);
     device::wgmma_wait<0>();
     device::pin(O_), device::pin(P_), device::pin(Q_);
-    if (!any) {
-      if constexpr (!kGeneral) release(kEmptyWindowV);
-    } else if (flags_ & kReleaseSlots) {
+    if (any && (flags_ & kReleaseSlots)) {
       release(kEmptySlotV);
       ++slot_uses_;
     }
     if (!any && more) load_next();
-    if (kGeneral && !plain && p_.gated)
+    if (!plain && p_.gated)
       weigh_later<kColumns>(S, 0);
     else
       weigh_later<Columns::kPlain>(S, 0);
@@ -492,7 +465,7 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
     device::pin(S);
     after_first_scores();
     // A fresh block's expiries come with V, whose place is free only after the output product.
-    bool const late = kGeneral && fresh && !(flags_ & kDiagonalFirst && p_.diagonal_plain);
+    bool const late = fresh && !(flags_ & kDiagonalFirst && p_.diagonal_plain);
     if (late) {
       device::wgmma_wait<0>();
       if (old_release) release(kEmptyWindowV);
@@ -523,19 +496,14 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
   __device__ __forceinline__ void finish(TilePlan const& old) {
     l0_ += __shfl_xor_sync(~0u, l0_, 1), l1_ += __shfl_xor_sync(~0u, l1_, 1);
     l0_ += __shfl_xor_sync(~0u, l0_, 2), l1_ += __shfl_xor_sync(~0u, l1_, 2);
-    inverse_[0] = l0_ > 0.f ? reciprocal(l0_) : 0.f;
-    inverse_[1] = l1_ > 0.f ? reciprocal(l1_) : 0.f;
+    inverse_[0] = l0_ > 0.f ? device::rcp_approx(l0_) : 0.f;
+    inverse_[1] = l1_ > 0.f ? device::rcp_approx(l1_) : 0.f;
     whole_ = __shfl_sync(~0u, static_cast<int>(stores_whole(old)), 0);
     if (p_.lse && quad() == 0) {
       int const r = row_of(old.flags);
       store_lse(old, r, l0_, m0_);
       store_lse(old, r + 8, l1_, m1_);
     }
-  }
-  __device__ __forceinline__ static float reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
   }
   // Whether this warpgroup's 64 rows all exist, so that the copy engine can store them.
   __device__ __forceinline__ bool stores_whole(TilePlan const& old) const {
@@ -562,6 +530,13 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
                         device::pack2<T>(O_[8 * kk + 2] * b, O_[8 * kk + 3] * b),
                         device::pack2<T>(O_[8 * kk + 4] * a, O_[8 * kk + 5] * a),
                         device::pack2<T>(O_[8 * kk + 6] * b, O_[8 * kk + 7] * b));
+  }
+  // This warpgroup's first warp waits for the others: the output is staged, the plan read.
+  __device__ __forceinline__ void collect() {
+    if (warp() == 0)
+      device::named_barrier_sync(3 + wg_, 128);
+    else
+      device::named_barrier_arrive(3 + wg_, 128);
   }
   __device__ __forceinline__ void store_output(TilePlan const& old) {
     device::fence_async_proxy();
@@ -598,6 +573,7 @@ class AheadConsumer : ConsumerBase<T, kDim, kMode> {
     if (tid() == 0) device::tma_store_wait();
   }
 
+  bool queries_pending_ = false;
   float x0_, x1_;     // maxima of a block's rows
   float inverse_[2];  // of the sums of the tile whose output is being written
   float tau_[2];
