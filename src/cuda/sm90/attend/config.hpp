@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "cuda/device/divisor.hpp"
 #include "sparsek/attend.hpp"
 
 namespace sparsek::cuda::sm90 {
@@ -197,9 +198,10 @@ struct Params {
   std::int64_t const* cost_prefix;  // [batch + 1] where sequences differ, else null
   int batch, num_kv_heads, group, seq_len_q, seq_len_k, head_dim;
   int chunk_size, window;
-  int num_blocks;       // 128-slot blocks that the slots can need
-  bool gated;           // whether selected keys have gates
-  bool diagonal_plain;  // no key expires or leaves the window within its own tile
+  device::Divisor chunks;  // by chunk_size
+  int num_blocks;          // 128-slot blocks that the slots can need
+  bool gated;              // whether selected keys have gates
+  bool diagonal_plain;     // no key expires or leaves the window within its own tile
   float scale_log2;
 };
 

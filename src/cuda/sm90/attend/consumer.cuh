@@ -27,7 +27,7 @@ class Consumer : ConsumerBase<T, kDim, AlignedLayout<kDim>> {
       Base::wg_;
   using Base::kOutRegs, Base::plan;
   using Base::m0_, Base::m1_, Base::l0_, Base::l1_, Base::s0_, Base::s1_, Base::r0_, Base::r1_;
-  using Base::store_row;
+  using Base::store_lse, Base::store_row;
   using Base::tid, Base::lane, Base::warp, Base::quad, Base::barrier, Base::wait, Base::release;
   using typename Base::L;
   static constexpr int kK16 = kDim / 16;  // 16-column steps of the score product
@@ -379,16 +379,8 @@ class Consumer : ConsumerBase<T, kDim, AlignedLayout<kDim>> {
     l0_ += __shfl_xor_sync(~0u, l0_, 2), l1_ += __shfl_xor_sync(~0u, l1_, 2);
     inverse0_ = l0_ > 0.f ? device::rcp_approx(l0_) : 0.f;
     inverse1_ = l1_ > 0.f ? device::rcp_approx(l1_) : 0.f;
-    if (!p_.lse || quad() != 0) return;
-    int const r = 64 * half_of(old_flags) + column_;
-    // -inf where there is no weight.
-    float const lse0 = (m0_ + device::log2_approx(l0_)) * 0.69314718f;
-    float const lse1 = (m1_ + device::log2_approx(l1_)) * 0.69314718f;
-    float* const row = p_.lse + old.lse_offset + r * p_.stride_lse_position;
-    bool const whole = is_whole(old_flags);
-    if (whole || (r >= old.row_begin && r < old.row_end)) row[0] = lse0;
-    if (whole || (r + 8 >= old.row_begin && r + 8 < old.row_end)) {
-      row[8 * p_.stride_lse_position] = lse1;
+    if (p_.lse && quad() == 0) {
+      store_lse(old, 64 * half_of(old_flags) + column_, is_whole(old_flags));
     }
   }
   // Whether this warpgroup's 64 rows all exist, so that the copy engine can store them.

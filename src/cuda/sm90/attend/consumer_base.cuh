@@ -36,10 +36,17 @@ class ConsumerBase : protected TileConsumer<Params, SharedLayout> {
       O_[4 * j] *= c0, O_[4 * j + 1] *= c0, O_[4 * j + 2] *= c1, O_[4 * j + 3] *= c1;
     }
   }
-  __device__ __forceinline__ void store_lse(TilePlan const& old, int r, float l, float m) {
-    if (r < old.row_begin || r >= old.row_end) return;
-    p_.lse[old.lse_offset + r * p_.stride_lse_position] =
-        l > 0.f ? (m + __log2f(l)) * 0.69314718f : -INFINITY;
+  // Of a finished tile's rows r and r + 8, whose sums are complete; -inf where there is no weight.
+  // `whole`: they exist. NOTE: this comes late in a product's shadow, so branches and slow paths
+  // would be waited for.
+  __device__ __forceinline__ void store_lse(TilePlan const& old, int r, bool whole) const {
+    float const lse0 = (m0_ + device::log2_approx(l0_)) * 0.69314718f;
+    float const lse1 = (m1_ + device::log2_approx(l1_)) * 0.69314718f;
+    float* const row = p_.lse + old.lse_offset + r * p_.stride_lse_position;
+    if (whole || (r >= old.row_begin && r < old.row_end)) row[0] = lse0;
+    if (whole || (r + 8 >= old.row_begin && r + 8 < old.row_end)) {
+      row[8 * p_.stride_lse_position] = lse1;
+    }
   }
   // Row r of a partly existing tile, from registers; `first`: 0 for row(), 2 for row() + 8.
   __device__ __forceinline__ void store_row(TilePlan const& old, int r, int first, float inverse) {

@@ -103,14 +103,14 @@ class GeneralConsumer : ConsumerBase<T, kDim, Layout<kDim, Mode::kGeneral>> {
   // Thresholds of this thread's two rows, and where their pools end relative to the window tile.
   __device__ __forceinline__ void load_thresholds() {
     TilePlan const& now = plan(tiles_ - 1);
-    int const tile = __shfl_sync(~0u, now.tile, 0);
+    int const first = now.tile * kTile, last_row = max(now.row_end, 1) - 1;
+    float const* const thresholds = p_.threshold + now.chunk_offset;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      int const position = tile * kTile + row() + 8 * r;
-      int const chunk = position / p_.chunk_size;
-      int const valid_chunk = min(chunk, (tile * kTile + max(now.row_end, 1) - 1) / p_.chunk_size);
-      tau_[r] = p_.gated ? p_.threshold[now.chunk_offset + valid_chunk] : 0.f;
-      pool_end_[r] = p_.gated ? chunk * p_.chunk_size - p_.window - (tile - 1) * kTile : -kTile;
+      // Rows that do not exist have the last one's.
+      int const chunk = p_.chunks.quotient(first + min(row() + 8 * r, last_row));
+      tau_[r] = p_.gated ? thresholds[chunk] : 0.f;
+      pool_end_[r] = p_.gated ? chunk * p_.chunk_size - p_.window - first + kTile : -kTile;
     }
   }
   // Gives the queries' buffer back, once the output of the tile before has been read from it.
@@ -499,11 +499,7 @@ class GeneralConsumer : ConsumerBase<T, kDim, Layout<kDim, Mode::kGeneral>> {
     inverse_[0] = l0_ > 0.f ? device::rcp_approx(l0_) : 0.f;
     inverse_[1] = l1_ > 0.f ? device::rcp_approx(l1_) : 0.f;
     whole_ = __shfl_sync(~0u, static_cast<int>(stores_whole(old)), 0);
-    if (p_.lse && quad() == 0) {
-      int const r = row_of(old.flags);
-      store_lse(old, r, l0_, m0_);
-      store_lse(old, r + 8, l1_, m1_);
-    }
+    if (p_.lse && quad() == 0) store_lse(old, row_of(old.flags), whole_);
   }
   // Whether this warpgroup's 64 rows all exist, so that the copy engine can store them.
   __device__ __forceinline__ bool stores_whole(TilePlan const& old) const {

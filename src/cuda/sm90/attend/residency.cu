@@ -194,6 +194,7 @@ Params resident_params(AttendProblem const& p, std::int64_t const* cost_prefix) 
   r.seq_len_q = static_cast<int>(p.seq_len_q), r.seq_len_k = static_cast<int>(p.seq_len_k);
   r.head_dim = static_cast<int>(p.head_dim);
   r.chunk_size = static_cast<int>(p.chunk_size), r.window = static_cast<int>(p.window);
+  r.chunks = device::Divisor(r.chunk_size);
   r.num_blocks = static_cast<int>((slots_needed(p) + kTile - 1) / kTile);
   r.gated = p.gate != Gate::kNone;
   r.diagonal_plain = !is_foreign(p) && p.window >= kTile - 1;

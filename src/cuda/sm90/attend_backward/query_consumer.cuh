@@ -139,11 +139,9 @@ class QueryConsumer : TileConsumer<BackwardParams, Layout<kDim, kMode>> {
       int const at = row() + 8 * r;
       if (kGeneral) {
         // The row's threshold, and where its pool ends relative to the window tile.
-        int const position = tile * kTile + at;
-        int const chunk = position / p_.chunk_size;
-        int const valid_chunk =
-            min(chunk, (tile * kTile + max(next.row_end, 1) - 1) / p_.chunk_size);
-        tau_[r] = p_.gated ? p_.threshold[next.chunk_offset + valid_chunk] : 0.f;
+        // Rows that do not exist have the last one's.
+        int const chunk = p_.chunks.quotient(tile * kTile + min(at, max(next.row_end, 1) - 1));
+        tau_[r] = p_.gated ? p_.threshold[next.chunk_offset + chunk] : 0.f;
         pool_end_[r] = p_.gated ? chunk * p_.chunk_size - p_.window - (tile - 1) * kTile : kNoPool;
         gate_gradient_[r] = 0.f;
       }
