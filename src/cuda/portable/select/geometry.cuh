@@ -3,8 +3,8 @@
 // Pools grow with the chunks: P_c = [0, b_c), b_c = max(0, c * C - w). States are computed at
 // *marks* first, by one warp each. Every chunk border is a mark where C is at least kMarkSpan;
 // chunks longer than kMaxMarkSpan have extra marks inside, at which the candidate list is trimmed,
-// so that it stays short. Of shorter chunks every n-th border is a mark; the states between two
-// marks follow from theirs (between_marks.cuh).
+// so that it stays short. Of shorter chunks every n-th border is a mark; those between are walked
+// key by key (short_chunks.cuh).
 #pragma once
 #include <cfloat>
 #include <cstdint>

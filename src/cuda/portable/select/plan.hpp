@@ -19,12 +19,12 @@ constexpr int side_by_side(int num_warps) {
 }
 
 // Keys that a round looks at, at most: each thread holds a few.
-constexpr int keys_per_thread(int num_warps) { return num_warps == kNarrowWarps ? 8 : 4; }
+constexpr int keys_per_thread(int num_warps) { return num_warps == kMiddleWarps ? 4 : 8; }
 constexpr int round_keys(int num_warps) { return num_warps * 32 * keys_per_thread(num_warps); }
 constexpr int max_round_marks(int num_warps) { return round_keys(num_warps) / 128; }
 
-// Entries [count, count + kListPadding) of a candidate list rank after every key and lie in no pool,
-// so that a warp may look at 32 entries wherever it stands.
+// Entries [count, count + kListPadding) of a candidate list rank after every key and lie in no
+// pool, so that a warp may look at 32 entries wherever it stands.
 inline constexpr int kListPadding = 32;
 constexpr std::size_t padded(int capacity) { return std::size_t(capacity) + kListPadding; }
 
@@ -38,6 +38,7 @@ struct SelectPlan {
   int list_capacity;   // keys
   bool short_chunks;   // several of them to a mark
   bool shared_list;    // the list lies in shared memory, else in the workspace
+  int condense_room;   // keys that fit in the shared memory of a block that condenses them
   int start_capacity;  // keys that a block may find in the lists of the segments before it
   std::int64_t num_keys, num_chunks;  // of all rows together
 };

@@ -10,9 +10,11 @@ namespace sparsek::cuda::portable {
 namespace {
 
 constexpr std::int64_t kMinSegment =
-    4096;                      // keys: shorter segments cost more at their start than they save
-constexpr int kUngrouped = 8;  // so few segments of a row are read one by one
+    4096;  // keys: shorter segments cost more at their start than they save
+constexpr int kShortRoundKeys = 2048;  // of a round, at most, where chunks are short
+constexpr int kUngrouped = 8;          // so few segments of a row are read one by one
 constexpr std::size_t kMaxStartBytes = std::size_t{512} << 20;
+constexpr int kCondenseBytes = 2048;          // of shared memory, for what is not keys
 constexpr std::size_t kReservedBytes = 1024;  // of shared memory, by the system for each block
 constexpr std::size_t kKeyBytes = sizeof(float) + sizeof(int);
 
@@ -39,11 +41,12 @@ SelectPlan plan_select(SelectProblem const& p, DeviceProperties const& device) {
   plan.short_chunks = Marks(p.chunk_size, 0, 1).chunks_per_mark > 1;
   auto const fits = [&] {
     int const keys = round_keys(plan.num_warps);
-    plan.round_marks = std::clamp(keys / span, 1, max_round_marks(plan.num_warps));
-    // The candidates and a round's keys; short chunks use the room besides.
-    plan.list_capacity =
-        static_cast<int>(std::min(p.seq_len, std::min(p.num_candidates, p.seq_len) + keys));
-    if (plan.short_chunks) plan.list_capacity = std::max(plan.list_capacity, keys);
+    // NOTE: short chunks are walked past each key of the round that is still to come.
+    int const looked_at = plan.short_chunks ? std::min(keys, kShortRoundKeys) : keys;
+    plan.round_marks = std::clamp(looked_at / span, 1, max_round_marks(plan.num_warps));
+    // The candidates and a round's keys.
+    std::int64_t const candidates = std::min(p.num_candidates, p.seq_len);
+    plan.list_capacity = std::max(static_cast<int>(std::min(p.seq_len, candidates + keys)), keys);
     plan.shared_list = true;
     return states_shared_bytes(plan) <= static_cast<std::size_t>(device.shared_bytes_per_block);
   };
@@ -63,6 +66,12 @@ SelectPlan plan_select(SelectProblem const& p, DeviceProperties const& device) {
       kMaxStartBytes) {
     plan.num_segments = plan.group_size = plan.num_groups = 1;
   }
+  plan.condense_room =
+      static_cast<int>((device.shared_bytes_per_block - kCondenseBytes) / kKeyBytes);
+  std::int64_t const segment_keys =
+      p.seq_len / plan.num_segments + 2 * std::max(p.chunk_size, std::int64_t{kMaxMarkSpan});
+  plan.condense_room =
+      static_cast<int>(std::min<std::int64_t>(plan.condense_room, (segment_keys + 3) / 4 * 4));
   return plan;
 }
 

@@ -1,6 +1,6 @@
 // The states of short chunks, of which many lie between two marks: a warp walks from one pool to
-// another, 32 keys at a time, and has the state after each. It sees ranks, not scores: entry_of says
-// where in the sorted list each key of the round stands.
+// another, 32 keys at a time, and has the state after each. It sees ranks, not scores: entry_of
+// says where in the sorted list each key of the round stands.
 #pragma once
 #include "cuda/portable/select/walk.cuh"
 
@@ -15,8 +15,9 @@ struct ShortChunks {
   int first_key, first_chunk;    // of the round
   std::int32_t* last_candidate;  // of the row, or null: not wanted or all -1
 
-  // From the pool of `begin` keys to that of `end`. Writes the thresholds and last candidates of the
-  // chunks whose pools end behind `begin`, up to `end`, and when the keys that they drop expire.
+  // From the pool of `begin` keys to that of `end`. Writes the thresholds and last candidates of
+  // the chunks whose pools end behind `begin`, up to `end`, and when the keys that they drop
+  // expire.
   __device__ void walk(PoolWalker& walker, int begin, int end) const {
     int const lane = threadIdx.x % 32;
     auto const chunk_size = static_cast<unsigned>(p.chunk_size);
@@ -29,8 +30,8 @@ struct ShortChunks {
       // The first chunk whose pool holds the key.
       unsigned const chunk = (j + window) / chunk_size + 1;
       PoolWalker::Here const here = walker.enter(base, index);
-      // NOTE: a key that is not among the first k of the keys up to any key of the chunk's pool is not
-      // among those of the pool.
+      // NOTE: a key that is not among the first k of the keys up to any key of the chunk's pool is
+      // not among those of the pool.
       int const drops_at = static_cast<int>(chunk * chunk_size);
       if (index != PoolWalker::kNone && index > here.kth) expiry[j] = drops_at;
       if (here.evicted != PoolWalker::kNone) expiry[list.keys[here.evicted].position] = drops_at;

@@ -15,7 +15,8 @@
 
 namespace sparsek::cuda::portable {
 
-inline constexpr int kSortBins = 1024;
+// About one for each key of a round.
+constexpr int sort_bins(int num_warps) { return num_warps == kWideWarps ? 4096 : 1024; }
 inline constexpr int kSplitters = 32;  // one per lane
 // Keys of a bin, at most: with evenly divided bins, and with bins between quantiles, where the next
 // resort is the sorting network.
@@ -32,7 +33,9 @@ struct SortedList {
 
 template <int kWarps>
 struct alignas(16) SortScratch {
-  int counters[4 + kSortBins];  // those of the bins, after a 0: where the one before them all ends
+  int counters[4 +
+               sort_bins(
+                   kWarps)];  // those of the bins, after a 0: where the one before them all ends
   int warp_totals[kWarps];
   int largest_bin;
   int num_new;
@@ -110,8 +113,8 @@ __device__ void merge_sorted(SortedList& list, RankedKey*& spare, SortScratch<kW
 template <int kWarps>
 __device__ int scan_bins(SortScratch<kWarps>& scratch) {
   constexpr int kThreads = kWarps * 32;
-  constexpr int kEach = kSortBins / kThreads;  // bins of a thread
-  static_assert(kEach * kThreads == kSortBins);
+  constexpr int kEach = sort_bins(kWarps) / kThreads;  // bins of a thread
+  static_assert(kEach * kThreads == sort_bins(kWarps));
   int const tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   int counts[kEach], total = 0, largest = 0;
 #pragma unroll
@@ -146,7 +149,7 @@ __device__ int scan_bins(SortScratch<kWarps>& scratch) {
 
 template <int kWarps>
 __device__ void clear_bins(SortScratch<kWarps>& scratch) {
-  for (int i = threadIdx.x; i < kSortBins; i += kWarps * 32) scratch.bins()[i] = 0;
+  for (int i = threadIdx.x; i < sort_bins(kWarps); i += kWarps * 32) scratch.bins()[i] = 0;
   if (threadIdx.x == 0) scratch.bins()[-1] = 0, scratch.largest_bin = 0;
 }
 
@@ -187,7 +190,7 @@ __device__ __noinline__ void sort_between_quantiles(RankedKey* keys, RankedKey* 
                                                     float low, float high,
                                                     SortScratch<kWarps>& scratch) {
   constexpr int kThreads = kWarps * 32;
-  constexpr int kBinsEach = kSortBins / (kSplitters + 1);
+  constexpr int kBinsEach = sort_bins(kWarps) / (kSplitters + 1);
   int const tid = threadIdx.x, lane = tid % 32;
   clear_bins(scratch);
   if (tid < 32) {
@@ -237,14 +240,14 @@ __device__ __noinline__ void sort_between_quantiles(RankedKey* keys, RankedKey* 
 template <int kWarps, typename ForEachNew>
 __device__ void insert_sorted(SortedList& list, RankedKey*& spare, float low, float high,
                               SortScratch<kWarps>& scratch, ForEachNew for_each_new) {
-  constexpr int kThreads = kWarps * 32;
+  constexpr int kThreads = kWarps * 32, kBins = sort_bins(kWarps);
   int const tid = threadIdx.x, old = list.count;
   float const inverse_range = high > low ? 1.0f / (high - low) : 0.0f;
   auto const bin_of = [&](float u) {
     // NOTE: every step is monotone, so bins never swap keys; saturation makes 0 of NaN. The sum's
     // last bits are the product rounded to an integer, which saves a slow conversion.
     float const part = __saturatef((high - u) * inverse_range);
-    return __float_as_int(fmaf(part, kSortBins - 1, 0x1p23f)) - __float_as_int(0x1p23f);
+    return __float_as_int(fmaf(part, kBins - 1, 0x1p23f)) - __float_as_int(0x1p23f);
   };
   clear_bins(scratch);
   __syncthreads();

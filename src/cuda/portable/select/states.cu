@@ -1,5 +1,5 @@
-// The state of every chunk's pool: its k-th ranked key, its threshold and its last candidate; and from
-// the k-th keys, when each key expires.
+// The state of every chunk's pool: its k-th ranked key, its threshold and its last candidate; and
+// from the k-th keys, when each key expires.
 //
 // A block streams one row (or a segment of it) in rounds of a few marks (geometry.cuh). It keeps a
 // list of the keys that can still matter, sorted by rank: since thresholds never fall, those above
@@ -10,8 +10,8 @@
 //      are short also those of the chunks between (short_chunks.cuh),
 //   3. cuts the list off where keys no longer matter. Warps work independently in step 2.
 //
-// A key expires at the first chunk whose pool holds it and whose k-th key ranks before it. K-th keys
-// only rise, so in the sorted list that is a comparison of places.
+// A key expires at the first chunk whose pool holds it and whose k-th key ranks before it. K-th
+// keys only rise, so in the sorted list that is a comparison of places.
 //
 // Few long rows: each row is cut into segments, one block each. A block needs the candidates of
 // everything before its segment, and candidates of a union are candidates of its parts. So (a) each
@@ -142,9 +142,10 @@ struct StatesShared {
   int kept;                 // ... and their number
 };
 
-// Short chunks: where the keys of the round stand, and the thresholds of its chunks. They lie where
-// the list is sorted, or on their own where that is in global memory.
-constexpr std::size_t short_bytes(int num_warps) {
+// Where the keys of the round stand in the list, and the thresholds of the round's chunks where
+// these are short. They lie where the list is sorted, or on their own where that is in global
+// memory.
+constexpr std::size_t round_bytes(int num_warps) {
   return round_keys(num_warps) * (sizeof(int) + sizeof(float));
 }
 
@@ -338,26 +339,29 @@ __global__ void __launch_bounds__(kWarps * 32, side_by_side(kWarps))
         reinterpret_cast<int*>(kSharedList ? reinterpret_cast<std::byte*>(spare) : behind);
     float* const short_thresholds = reinterpret_cast<float*>(entry_of + round_keys(kWarps));
     bool const short_chunks = kShort && marks.chunks_per_mark > 1;
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      if (!(u[i] > floor))
+        entry_of[i * kThreads + static_cast<int>(threadIdx.x)] = PoolWalker::kNone;
+    }
+    for (int i = threadIdx.x; i < list.count; i += kThreads) {
+      int const position = list.keys[i].position;
+      if (position >= begin) entry_of[position - begin] = i;
+    }
     if (short_chunks) {
-      for (int i = threadIdx.x; i < num_new; i += kThreads) entry_of[i] = PoolWalker::kNone;
       for (int c = threadIdx.x; c < round_chunks; c += kThreads) {
         short_thresholds[c] = -INFINITY;  // of empty pools
       }
-      __syncthreads();
-      for (int i = threadIdx.x; i < list.count; i += kThreads) {
-        int const position = list.keys[i].position;
-        if (position >= begin) entry_of[position - begin] = i;
-      }
-      __syncthreads();
     }
+    __syncthreads();
     {
       PoolWalker walker(config, list, guess);
       int const mine = first + round_marks * warp / kWarps;
       int const end = first + round_marks * (warp + 1) / kWarps;
       bool ends_round = end == first + round_marks && mine < end;
       if (short_chunks) {
-        // NOTE: the more keys have been seen, the fewer of the next ones change a state. Equal ratios
-        // of pools are about equal work.
+        // NOTE: the more keys have been seen, the fewer of the next ones change a state. Equal
+        // ratios of pools are about equal work.
         int const least_pool = min(max(begin, config.k), begin + num_new);
         float const ratio = __log2f(static_cast<float>(begin + num_new) / max(least_pool, 1));
         auto const boundary = [&](int w) {
@@ -378,9 +382,8 @@ __global__ void __launch_bounds__(kWarps * 32, side_by_side(kWarps))
         ends_round = from < to && to == begin + num_new;
       } else {
         for (int mark = mine; mark < end; ++mark) {
-          bool const follows = mark > mine && walker.kth() != PoolWalker::kNone && config.k > 0;
-          int const pool = marks.pool_end(mark);
-          walker.start(pool, follows ? walker.tau() : running, follows);
+          int const before = marks.pool_end(mark - 1), pool = marks.pool_end(mark);
+          walker.move_to(pool, running, mark > mine, pool - before, entry_of + (before - begin));
           if (lane == 0 && marks.completes_chunk(mark)) {
             int const at = marks.chunk(mark) - chunk_base;
             State const here = walker.state();
@@ -485,39 +488,50 @@ __global__ void __launch_bounds__(kCondenseThreads)
     condense_kernel(SelectProblem p, SelectPlan plan, SelectWorkspace w) {
   __shared__ BlockTeam<kCondenseThreads>::Exchange exchange;
   __shared__ Compaction<kCondenseThreads / 32> compaction;
+  extern __shared__ __align__(16) float shared_scores[];  // [condense_room], then as many positions
   int const per_row = kGroups ? plan.num_groups : plan.num_segments;
   int const row = blockIdx.x / per_row, index = blockIdx.x % per_row;
   Row const r = row_of(p, row);
   Marks const marks(p.chunk_size, p.window, r.used_chunks);
   Config const config(p, r);
   int parity = 0, count = 0, pool = 0;
-  float* scores;
-  int* positions;
+  float *scores, *out_scores;  // the keys, in shared memory where they fit, and those that remain
+  int *positions, *out_positions;
+  auto const work_in_shared = [&] {
+    if (count > plan.condense_room) return;
+    scores = shared_scores, positions = reinterpret_cast<int*>(scores + plan.condense_room);
+  };
   if constexpr (kGroups) {
     int const first = index * plan.group_size;
     int const end = min(first + plan.group_size, plan.num_segments);
     int const begin = marks.pool_end(Segment(marks, first, plan.num_segments).first - 1);
-    scores = w.group_score + r.expiry + begin;
-    positions = w.group_position + r.expiry + begin;
+    scores = out_scores = w.group_score + r.expiry + begin;
+    positions = out_positions = w.group_position + r.expiry + begin;
+    int const* const counts = w.segment_count + row * plan.num_segments;
+    for (int s = first; s < end; ++s) count += counts[s];
+    work_in_shared();
+    count = 0;
     for (int s = first; s < end; ++s) {
       Segment const segment(marks, s, plan.num_segments);
       std::int64_t const at = r.expiry + marks.pool_end(segment.first - 1);
-      int const n = w.segment_count[row * plan.num_segments + s];
-      for (int i = threadIdx.x; i < n; i += kCondenseThreads) {
+      for (int i = threadIdx.x; i < counts[s]; i += kCondenseThreads) {
         scores[count + i] = w.segment_score[at + i];
         positions[count + i] = w.segment_position[at + i];
       }
-      count += n;
+      count += counts[s];
       pool = marks.pool_end(segment.end - 1) - begin;
     }
   } else {
     Segment const segment(marks, index, plan.num_segments);
     int const begin = marks.pool_end(segment.first - 1);
     pool = count = marks.pool_end(segment.end - 1) - begin;
-    scores = w.segment_score + r.expiry + begin;
-    positions = w.segment_position + r.expiry + begin;
+    scores = out_scores = w.segment_score + r.expiry + begin;
+    positions = out_positions = w.segment_position + r.expiry + begin;
+    work_in_shared();
+    float const* const from = r.scores + begin * r.stride;
+#pragma unroll 8
     for (int i = threadIdx.x; i < count; i += kCondenseThreads) {
-      scores[i] = sanitized(r.scores[(begin + i) * r.stride]);
+      scores[i] = sanitized(from[i * r.stride]);
       positions[i] = begin + i;
     }
   }
@@ -525,22 +539,23 @@ __global__ void __launch_bounds__(kCondenseThreads)
   BlockTeam<kCondenseThreads> const team(&exchange);
   auto const keep = [&](State const& state) {
     Filter const filter(config, state);
-    count = compaction.append(count, 0, scores, positions, parity,
+    count = compaction.append(count, 0, out_scores, out_positions, parity,
                               [&](int i, float& score, int& position) {
                                 score = scores[i];
                                 position = positions[i];
                                 return filter.keeps(score, position);
                               });
+    scores = out_scores, positions = out_positions;
     __syncthreads();
   };
   int const m = config.num_candidates;
   float low, high;
+  State cut;
   if (count > m && m > 0) {
     range_of(team, scores, count, low, high);
-    State state;
-    state.cut = select_cut(team, scores, positions, count, m, low, high);
-    keep(state);
+    cut.cut = select_cut(team, scores, positions, count, m, low, high);
   }
+  keep(cut);
   // Of many candidates those below the threshold are left out, too.
   if (count > kManyCandidates || m == 0) {
     range_of(team, scores, count, low, high);
@@ -572,6 +587,18 @@ __global__ void raise_kernel(SelectProblem p, SelectPlan plan) {
   }
 }
 
+template <bool kGroups>
+void launch_condense_kernel(SelectProblem const& p, SelectPlan const& plan,
+                            SelectWorkspace const& w, unsigned blocks, cudaStream_t stream) {
+  auto* const kernel = condense_kernel<kGroups>;
+  std::size_t const bytes = plan.condense_room * (sizeof(float) + sizeof(int));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)),
+        "select condense kernel: shared memory");
+  kernel<<<blocks, kCondenseThreads, bytes, stream>>>(p, plan, w);
+  check_launch("select condense kernel");
+}
+
 template <int kWarps, bool kSharedList, bool kShort>
 void launch_states_kernel(SelectProblem const& p, SelectPlan const& plan, SelectWorkspace const& w,
                           cudaStream_t stream) {
@@ -592,22 +619,18 @@ std::size_t states_shared_bytes(SelectPlan const& plan) {
                             : plan.num_warps == kMiddleWarps ? sizeof(StatesShared<kMiddleWarps>)
                                                              : sizeof(StatesShared<kWideWarps>);
   std::size_t const list = plan.shared_list ? padded(plan.list_capacity) * sizeof(RankedKey) : 0;
-  // What short chunks need is no more than one of the list's two buffers.
-  std::size_t const for_short = plan.short_chunks ? short_bytes(plan.num_warps) : 0;
-  return fixed + (plan.shared_list ? 2 * list : for_short);
+  // What a round needs besides is no more than one of the list's two buffers.
+  return fixed + (plan.shared_list ? 2 * list : round_bytes(plan.num_warps));
 }
 
 void launch_states(SelectProblem const& p, SelectPlan const& plan, SelectWorkspace const& w,
                    cudaStream_t stream) {
   unsigned const segments = static_cast<unsigned>(plan.rows) * plan.num_segments;
   if (plan.num_segments > 1) {
-    condense_kernel<false><<<segments, kCondenseThreads, 0, stream>>>(p, plan, w);
-    check_launch("select condense kernel");
+    launch_condense_kernel<false>(p, plan, w, segments, stream);
     if (plan.num_groups > 1) {
-      condense_kernel<true>
-          <<<static_cast<unsigned>(plan.rows) * plan.num_groups, kCondenseThreads, 0, stream>>>(
-              p, plan, w);
-      check_launch("select condense kernel");
+      launch_condense_kernel<true>(p, plan, w, static_cast<unsigned>(plan.rows) * plan.num_groups,
+                                   stream);
     }
   }
   if (plan.num_warps == kWideWarps) {

@@ -43,12 +43,12 @@ __device__ int count_prefix(int count, Holds holds) {
 
 // The state of a growing pool. Everything is the same on every lane.
 //
-// The threshold solves sum_j clip(u_j - tau, 0, 1) = k over the pool's candidates. The sum less k is a
-// non-increasing, piecewise linear function of tau: `excess` - `interior` * tau, where the saturated
-// entries [0, first_interior) have u > tau + 1 and count 1 each in `excess`, and the interior ones
-// [first_interior, end) have u > tau and count u. A piece ends where an entry leaves (tau = u) or a
-// saturated one becomes interior (tau = u - 1). Pieces are walked up or down, entry by entry, to the
-// one that holds the solution.
+// The threshold solves sum_j clip(u_j - tau, 0, 1) = k over the pool's candidates. The sum less k
+// is a non-increasing, piecewise linear function of tau: `excess` - `interior` * tau, where the
+// saturated entries [0, first_interior) have u > tau + 1 and count 1 each in `excess`, and the
+// interior ones [first_interior, end) have u > tau and count u. A piece ends where an entry leaves
+// (tau = u) or a saturated one becomes interior (tau = u - 1). Pieces are walked up or down, entry
+// by entry, to the one that holds the solution.
 class PoolWalker {
  public:
   static constexpr int kNone = INT_MAX;
@@ -57,26 +57,39 @@ class PoolWalker {
   __device__ PoolWalker(Config const& config, SortedList const& list, float guess)
       : config_(config), list_(list), guess_(guess), end_(list.count) {}
 
-  // Any pool. `least`: no threshold lies below it; where the threshold of a smaller pool is known,
-  // it is the best guess.
-  __device__ void start(int pool, double least, bool guess_least) {
+  // Any pool. `least`: no threshold lies below it.
+  __device__ void start(int pool, double least) { move_to(pool, least, false, 0, nullptr); }
+
+  // `grows`: from a smaller pool, if its state is known; then `num_new` keys enter, which stand at
+  // entry_of[] of the list (kNone: not there). Else as start().
+  __device__ void move_to(int pool, double least, bool grows, int num_new, int const* entry_of) {
     int const k = config_.k, m = config_.num_candidates;
-    kth_ = cut_ = kNone;
-    end_ = list_.count;
-    if (pool <= k) return;
-    if (config_.rank_candidates && pool > m) cut_ = rank_index(pool, m);
-    if (k == 0) {
-      kth_ = -1, end_ = 0;
-      return;
+    bool known = grows && kth_ != kNone && kth_ >= 0;
+    double at, lowest;
+    if (known) {
+      at = lowest = tau();
+      enter_all(pool, num_new, entry_of);
+    } else {
+      kth_ = cut_ = kNone;
+      end_ = list_.count;
+      if (pool <= k) return;
+      if (config_.rank_candidates && pool > m) cut_ = rank_index(pool, m);
+      if (k == 0) {
+        kth_ = -1, end_ = 0;
+        return;
+      }
+      kth_ = rank_index(pool, k);
+      // NOTE: below the k-th key even where a float is more than 1 wide, so that it stays in.
+      double const kth = score_of(kth_), guess = kth + guess_;
+      lowest = fmax(kth - fmax(1.0, fabs(kth) * 0x1p-22), least);
+      at = guess > lowest && guess < kth ? guess : lowest;
     }
-    kth_ = rank_index(pool, k);
-    double guess = guess_least ? least : list_.keys[kth_].score + guess_;
     for (;;) {
-      solve(pool, least, guess);
+      converge(pool, at, lowest, known);
       if (cut_ != kNone || positive_ <= m) break;
       // Only now does it matter which keys are candidates. The threshold falls.
       cut_ = rank_index(pool, m);
-      guess = tau();
+      at = tau(), known = false;
     }
   }
 
@@ -109,7 +122,7 @@ class PoolWalker {
   // The state after one of several keys.
   struct Here {
     int kth, cut;
-    int evicted;  // the entry that the key drives out of the first k; kNone: none, or the key itself
+    int evicted;  // the entry that the key drives out of the first k, if another than itself
     double excess, interior;
 
     __device__ float threshold(SortedList const& list) const {
@@ -123,11 +136,24 @@ class PoolWalker {
   __device__ Here enter(int base, int index) {
     if (kth_ == kNone && base + 32 <= config_.k)
       return {kNone, kNone, kNone};  // not yet more than k
-    bool const counts = index < end_;
-    unsigned const counting = __ballot_sync(~0u, counts);
-    bool const is_plain = kth_ != kNone && kth_ >= 0 && cut_ == kNone && !config_.rank_candidates &&
-                          positive_ + __popc(counting) <= config_.num_candidates;
-    return is_plain ? enter_together(base, index, counting) : enter_singly(base, index);
+    if (kth_ == kNone || kth_ < 0) return enter_singly(base, index);
+    unsigned const counting = __ballot_sync(~0u, index < end_);
+    int const m = config_.num_candidates;
+    bool is_plain = true;
+    Here here{kth_, cut_, kNone};
+    if (cut_ == kNone) {
+      is_plain = positive_ + __popc(counting) <= m && !(config_.rank_candidates && base + 32 > m);
+    } else {
+      int const cut = cut_;
+      int evicted;
+      follow(cut_, here.cut, evicted, base, index);
+      is_plain = end_ <= cut_ + 1;
+      if (!is_plain) cut_ = cut;
+    }
+    if (!is_plain) return enter_singly(base, index);
+    follow(kth_, here.kth, here.evicted, base, index);
+    enter_together(base, index, counting, here);
+    return here;
   }
 
   // The state of the pool that all new keys have entered.
@@ -148,26 +174,31 @@ class PoolWalker {
       }
     }
     better_kth_ = better_cut_ = 0;
-    if (anew) start(pool, -INFINITY, false);
+    if (anew) start(pool, -INFINITY);
   }
 
  private:
   __device__ bool in_pool(int index, int pool) const { return list_.keys[index].position < pool; }
 
-  // Where all keys above the threshold are candidates. Sums, and with them where pieces end, are
-  // those of each lane; what crosses is settled in the order of time.
-  __device__ Here enter_together(int base, int index, unsigned counting) {
+  // A rank's place in the list while 32 keys enter: `place` after them all, `here` after each
+  // lane's, `evicted`: what that drives behind the place.
+  __device__ void follow(int& place, int& here, int& evicted, int base, int index) const {
+    int const lane = threadIdx.x % 32;
+    for (unsigned better = __ballot_sync(~0u, index < place); better; better &= better - 1) {
+      int const source = __ffs(better) - 1;
+      if (__shfl_sync(~0u, index, source) >= place) continue;  // by now
+      if (lane == source) evicted = place;
+      do --place;
+      while (place > 0 && list_.keys[place].position > base + source);
+      if (lane >= source) here = place;
+    }
+  }
+
+  // The threshold while 32 keys enter that are all candidates if they lie above it. Sums, and with
+  // them where pieces end, are those of each lane; what crosses is applied in the order of time.
+  __device__ void enter_together(int base, int index, unsigned counting, Here& here) {
     int const lane = threadIdx.x % 32;
     unsigned const upto = (2u << lane) - 1;
-    Here here{kth_, kNone, kNone};
-    for (unsigned better = __ballot_sync(~0u, index < kth_); better; better &= better - 1) {
-      int const source = __ffs(better) - 1;
-      if (__shfl_sync(~0u, index, source) >= kth_) continue;  // by now
-      if (lane == source) here.evicted = kth_;
-      do --kth_;
-      while (kth_ > 0 && list_.keys[kth_].position > base + source);
-      if (lane >= source) here.kth = kth_;
-    }
     if (counting) {
       bool const counts = counting >> lane & 1, saturates = index < first_interior_;
       unsigned const interiors = __ballot_sync(~0u, counts && !saturates);
@@ -214,7 +245,6 @@ class PoolWalker {
     } else {
       here.excess = excess_, here.interior = interior_;
     }
-    return here;
   }
 
   // Whatever the state is.
@@ -231,7 +261,8 @@ class PoolWalker {
       if (lane < source) continue;
       here.kth = kth_, here.cut = cut_, here.excess = excess_, here.interior = interior_;
       if (lane == source && kth_ != before && entering <= kth_) {
-        // The entry after the first k: where there were no more than k keys, the last one in the pool.
+        // The entry after the first k: where there were no more than k keys, the last one in the
+        // pool.
         here.evicted = before;
         if (before == kNone) {
           here.evicted = kth_ + 1;
@@ -279,6 +310,23 @@ class PoolWalker {
     return index;
   }
 
+  // The same for many.
+  __device__ int advance_far(int index, int pool, int n) const {
+    int const lane = threadIdx.x % 32;
+    while (n > 0 && index > 0) {
+      int const i = index - 1 - lane;
+      unsigned const in = __ballot_sync(~0u, i >= 0 && in_pool(max(i, 0), pool));
+      int const found = __popc(in);
+      if (found >= n) {
+        bool const mine = (in >> lane & 1) && __popc(in & ((1u << lane) - 1)) == n - 1;
+        return index - __ffs(__ballot_sync(~0u, mine));
+      }
+      n -= found;
+      index = max(index - 32, 0);
+    }
+    return index;
+  }
+
   __device__ int limit() const { return cut_ == kNone ? list_.count : cut_ + 1; }
 
   // The piece that tau lies on, from nothing.
@@ -309,26 +357,49 @@ class PoolWalker {
     excess_ = saturated - config_.k + WarpTeam(nullptr).sum(sum);
   }
 
-  // From nothing; the k-th key and the last candidate are known.
-  __device__ void solve(int pool, double least, double guess) {
-    // NOTE: below the k-th key even where a float is more than 1 wide, so that it stays in.
-    double const kth = list_.keys[kth_].score;
-    double const lowest = fmax(kth - fmax(1.0, fabs(kth) * 0x1p-22), least);
-    double at, next = guess > lowest && guess < kth ? guess : lowest;
+  // `num_new` keys of the pool enter at once. The threshold is left where it was.
+  __device__ void enter_all(int pool, int num_new, int const* entry_of) {
+    int const lane = threadIdx.x % 32;
+    int better_kth = 0, better_cut = 0, saturated = 0, positive = 0;
+    double sum = 0.0;
+#pragma unroll 4
+    for (int i = lane; i < num_new; i += 32) {
+      int const index = entry_of[i];
+      bool const saturates = index < first_interior_, counts = index < end_;
+      better_kth += index < kth_, better_cut += index < cut_;
+      saturated += saturates, positive += counts;
+      sum += counts && !saturates ? list_.keys[index].score : 0.0f;
+    }
+    saturated = __reduce_add_sync(~0u, saturated);
+    positive = __reduce_add_sync(~0u, positive);
+    excess_ += saturated + WarpTeam(nullptr).sum(sum);
+    interior_ += positive - saturated, positive_ += positive;
+    kth_ = advance_far(kth_, pool, __reduce_add_sync(~0u, better_kth));
+    if (cut_ != kNone) {
+      cut_ = advance_far(cut_, pool, __reduce_add_sync(~0u, better_cut));
+    } else if (config_.rank_candidates && pool > config_.num_candidates) {
+      cut_ = rank_index(pool, config_.num_candidates);
+    }
+    if (cut_ != kNone) drop_behind(cut_ + 1, pool);
+  }
+
+  // From tau = `at`, whose piece is `known` or not, to the piece that holds the solution, which is
+  // not below `lowest`. The k-th key and the last candidate are known.
+  __device__ void converge(int pool, double at, double lowest, bool known) {
     // Newton steps, until what lies between is little enough to be walked.
-    constexpr int kFar = 24, kMaxSteps = 5;
-    for (int step = 0; step < kMaxSteps; ++step) {
-      at = next;
-      evaluate(pool, at);
-      next = interior_ > 0.0 ? tau() : excess_ < 0.0 ? lowest : at;
-      next = fmin(fmax(next, lowest), kth);
-      auto const score = [&](int i) { return list_.keys[i].score; };
-      bool const far_up = (end_ > kFar && score(end_ - kFar) <= next) ||
-                          (first_interior_ > kFar && score(first_interior_ - kFar) - 1.0 <= next);
+    constexpr int kFar = 8, kMaxSteps = 4;
+    for (int step = 0;; ++step) {
+      if (step > 0 || !known) evaluate(pool, at);
+      double next = interior_ > 0.0 ? tau() : excess_ < 0.0 ? lowest : at;
+      next = fmin(fmax(next, lowest), score_of(kth_));
+      bool const far_up =
+          (end_ > kFar && score_of(end_ - kFar) <= next) ||
+          (first_interior_ > kFar && score_of(first_interior_ - kFar) - 1.0 <= next);
       bool const far_down =
-          (end_ + kFar < limit() && score(end_ + kFar) > next) ||
-          (first_interior_ + kFar < end_ && score(first_interior_ + kFar) - 1.0 > next);
-      if (!far_up && !far_down) break;
+          (end_ + kFar < limit() && score_of(end_ + kFar) > next) ||
+          (first_interior_ + kFar < end_ && score_of(first_interior_ + kFar) - 1.0 > next);
+      if (step == kMaxSteps || (!far_up && !far_down)) break;
+      at = next;
     }
     if (excess_at(at) >= 0.0) {
       raise(pool);
@@ -357,8 +428,8 @@ class PoolWalker {
     return end_ > kth + 1 ? score_of(end_ - 1) : INFINITY;
   }
 
-  // Up to the solution. NOTE: where the piece would end by a saturated entry with the sum still at k
-  // or above, that may be crossed even if another entry leaves before; not the other way round.
+  // Up to the solution. NOTE: where the piece would end by a saturated entry with the sum still at
+  // k or above, that may be crossed even if another entry leaves before; not the other way round.
   __device__ void raise(int pool) {
     double enters = next_enters(), leaves = next_leaves(kth_);
     for (;;) {
