@@ -62,6 +62,30 @@ __device__ __forceinline__ void bulk_load(std::uint32_t destination, void const*
       "l"(source), "r"(bytes), "r"(barrier)
       : "memory");
 }
+// The same for what is used once: it goes first when L2 needs room.
+__device__ __forceinline__ std::uint64_t evict_first_policy() {
+  std::uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void tma_load_once(std::uint32_t destination, CUtensorMap const* map,
+                                              std::uint32_t barrier, int column, int position,
+                                              int head, int batch, std::uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(destination),
+      "l"(map), "r"(barrier), "r"(column), "r"(position), "r"(head), "r"(batch), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void tma_store_once(CUtensorMap const* map, std::uint32_t source,
+                                               int column, int position, int head, int batch,
+                                               std::uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group.L2::cache_hint [%0, {%2, %3, %4, "
+      "%5}], [%1], %6;" ::"l"(map),
+      "r"(source), "r"(column), "r"(position), "r"(head), "r"(batch), "l"(policy)
+      : "memory");
+}
 // Brings a box to L2; a hint.
 __device__ __forceinline__ void tma_prefetch(CUtensorMap const* map, int column, int position,
                                              int head, int batch) {

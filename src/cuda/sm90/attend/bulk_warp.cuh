@@ -136,8 +136,9 @@ class BulkWarp : Role<kDim> {
         device::mbarrier_arrive_expect(full, L::kQBytes);
 #pragma unroll 1
         for (int half = 0; half < kDim / 64; ++half) {
-          device::tma_load(smem_ + L::kQ + wg * L::kQBytes + half * (64 * 128), &p_.q, full,
-                           half * 64, position + 64 * (wg ^ (tiles_ & 1)), q_head, plan.batch);
+          device::tma_load_once(smem_ + L::kQ + wg * L::kQBytes + half * (64 * 128), &p_.q, full,
+                                half * 64, position + 64 * (wg ^ (tiles_ & 1)), q_head, plan.batch,
+                                device::evict_first_policy());
         }
       }
     }
@@ -166,8 +167,9 @@ class BulkWarp : Role<kDim> {
     if (!(old.flags & (upper ? kUpperWhole : kLowerWhole))) return;
 #pragma unroll 1
     for (int half = 0; half < kDim / 64; ++half) {
-      device::tma_store(&p_.out, smem_ + L::kQ + wg * L::kQBytes + half * (64 * 128), half * 64,
-                        old.q_position + 64 * upper, old.q_head, old.batch);
+      device::tma_store_once(&p_.out, smem_ + L::kQ + wg * L::kQBytes + half * (64 * 128),
+                             half * 64, old.q_position + 64 * upper, old.q_head, old.batch,
+                             device::evict_first_policy());
     }
   }
   // The last two tiles' outputs.

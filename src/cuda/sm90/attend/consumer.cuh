@@ -27,9 +27,10 @@ class Consumer : ConsumerBase<T, kDim, AlignedLayout<kDim>> {
       Base::wg_;
   using Base::kOutRegs, Base::plan;
   using Base::m0_, Base::m1_, Base::l0_, Base::l1_, Base::s0_, Base::s1_, Base::r0_, Base::r1_;
-  using Base::store_lse, Base::store_row;
+  using Base::staging, Base::store_lse, Base::store_row;
   using Base::tid, Base::lane, Base::warp, Base::quad, Base::barrier, Base::wait, Base::release;
   using typename Base::L;
+  using typename Base::Staging;
   static constexpr int kK16 = kDim / 16;  // 16-column steps of the score product
   template <int N>
   using Int = std::integral_constant<int, N>;
@@ -45,10 +46,10 @@ class Consumer : ConsumerBase<T, kDim, AlignedLayout<kDim>> {
   __device__ __forceinline__ Consumer(Params const& p, std::uint32_t smem, char* generic, int wg)
       : Base(p, smem, generic, wg) {
     // NOTE: kept in registers; the compiler would work them out again and again.
-    staging_ = Base::query_address(0);
+    queries_ = staging();
     column_ = warp() * 16 + (lane() >> 2) - 2 * quad();
     gates_ = smem + L::kGate + quad() * 32;
-    asm volatile("" : "+r"(staging_), "+r"(column_), "+r"(gates_));
+    asm volatile("" : "+r"(queries_.first), "+r"(column_), "+r"(gates_));
     desc_k_ = device::matrix_descriptor(smem + L::kKeys, 16, 1024);
     desc_v_ = device::matrix_descriptor(smem + L::kValues, L::kHalfBytes, 1024);
   }
@@ -72,10 +73,6 @@ class Consumer : ConsumerBase<T, kDim, AlignedLayout<kDim>> {
 
  private:
   // --- queries and plan --------------------------------------------------------------------------
-  // This lane's 16 bytes of 16-column step kk in its warpgroup's part of the queries' buffer.
-  __device__ __forceinline__ std::uint32_t query_address(int kk) const {
-    return (staging_ ^ ((2 * kk & 7) << 4)) + (kk >> 2) * (64 * 128);
-  }
   // Waits for the next tile's queries and plan. Registers `Q` hold the queries, so that their
   // buffer can stage the output.
   __device__ __forceinline__ void load_queries(std::uint32_t ready = 0) {
@@ -83,7 +80,7 @@ class Consumer : ConsumerBase<T, kDim, AlignedLayout<kDim>> {
     std::uint32_t r[4];
 #pragma unroll
     for (int kk = 0; kk < kK16; ++kk) {
-      device::ldmatrix_x4(r, query_address(kk));
+      device::ldmatrix_x4(r, queries_.step(kk));
       Q_[4 * kk] = r[0], Q_[4 * kk + 1] = r[1], Q_[4 * kk + 2] = r[2], Q_[4 * kk + 3] = r[3];
     }
   }
@@ -389,7 +386,7 @@ class Consumer : ConsumerBase<T, kDim, AlignedLayout<kDim>> {
   }
   // 16 of the columns, to this warpgroup's part of Q.
   __device__ __forceinline__ void stage(int kk) {
-    device::stmatrix_x4(query_address(kk),
+    device::stmatrix_x4(queries_.step(kk),
                         device::pack2<T>(O_[8 * kk] * inverse0_, O_[8 * kk + 1] * inverse0_),
                         device::pack2<T>(O_[8 * kk + 2] * inverse1_, O_[8 * kk + 3] * inverse1_),
                         device::pack2<T>(O_[8 * kk + 4] * inverse0_, O_[8 * kk + 5] * inverse0_),
@@ -425,7 +422,8 @@ class Consumer : ConsumerBase<T, kDim, AlignedLayout<kDim>> {
     release(kEmptyQ + wg_);
   }
 
-  std::uint32_t staging_, gates_;
+  Staging queries_;
+  std::uint32_t gates_;
   int column_;  // of the first row, within 64, minus the first column
   std::uint64_t desc_k_, desc_v_;
   float inverse0_, inverse1_;  // of the sums of the tile whose output is being finished

@@ -58,6 +58,22 @@ class TileConsumer : protected ConsumerThread<KernelParams, L> {
   __device__ __forceinline__ int row_of(int flags) const {
     return 64 * half_of(flags) + warp() * 16 + (lane() >> 2);
   }
+  // Where this lane's 16 bytes of a 16-column step lie in its warpgroup's part of the queries' buffer.
+  struct Staging {
+    std::uint32_t first;
+    __device__ __forceinline__ std::uint32_t step(int kk) const {
+      return (first ^ ((2 * kk & 7) << 4)) + (kk >> 2) * (64 * 128);
+    }
+  };
+  // NOTE: worked out anew wherever it is asked for. Else the compiler keeps all steps' addresses, in
+  // local memory where registers are short, which has hardly any cache beside this much shared memory.
+  __device__ __forceinline__ Staging staging() const {
+    std::uint32_t thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    std::uint32_t const row = (thread >> 1 & 48) + (thread & 15);
+    std::uint32_t const chunk = (thread >> 4 & 1) ^ (thread & 7);
+    return {smem_ + L::kQ + wg_ * L::kQBytes + row * 128 + (chunk << 4)};
+  }
   // Address of this lane's row in this warpgroup's 64 rows of shared memory for queries; 16-column
   // step kk.
   __device__ __forceinline__ std::uint32_t query_address(int kk) const {

@@ -23,11 +23,12 @@ class GeneralConsumer : ConsumerBase<T, kDim, Layout<kDim, Mode::kGeneral>> {
   using Base = ConsumerBase<T, kDim, Layout<kDim, Mode::kGeneral>>;
   using Base::clear_sums, Base::end_products, Base::raise_reference;
   using Base::flags_, Base::half, Base::half_of, Base::row, Base::row_of;
-  using Base::kOutRegs, Base::plan, Base::query_address, Base::store_lse, Base::store_row;
+  using Base::kOutRegs, Base::plan, Base::staging, Base::store_lse, Base::store_row;
   using Base::m0_, Base::m1_, Base::l0_, Base::l1_, Base::s0_, Base::s1_, Base::r0_, Base::r1_;
   using Base::O_, Base::P_, Base::p_, Base::Q_, Base::scale_, Base::smem_, Base::wg_;
   using Base::tid, Base::warp, Base::quad, Base::barrier, Base::wait, Base::release;
   using typename Base::L;
+  using typename Base::Staging;
   static constexpr int kK16 = kDim / 16;  // 16-column steps of the score product
   template <int N>
   using Int = std::integral_constant<int, N>;
@@ -85,10 +86,11 @@ class GeneralConsumer : ConsumerBase<T, kDim, Layout<kDim, Mode::kGeneral>> {
   // The next tile's queries, once they and its plan are there. Registers hold them, so that their
   // buffer can stage the output.
   __device__ __forceinline__ void load_queries() {
+    Staging const buffer = staging();
     std::uint32_t r[4];
 #pragma unroll
     for (int kk = 0; kk < kK16; ++kk) {
-      device::ldmatrix_x4(r, query_address(kk));
+      device::ldmatrix_x4(r, buffer.step(kk));
       Q_[4 * kk] = r[0], Q_[4 * kk + 1] = r[1], Q_[4 * kk + 2] = r[2], Q_[4 * kk + 3] = r[3];
     }
   }
@@ -125,31 +127,25 @@ class GeneralConsumer : ConsumerBase<T, kDim, Layout<kDim, Mode::kGeneral>> {
   __device__ __forceinline__ int blocks() const { return flags_ >> kBlocksShift; }
 
   // --- products ----------------------------------------------------------------------------------
-  // Descriptors of 16 columns of K and 16 rows of V in the block at `base`. Only the low words
-  // vary, and no carry leaves the address.
-  __device__ __forceinline__ static std::uint64_t descriptor(std::uint32_t low, int stride) {
-    std::uint64_t d;
-    asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(low), "r"(1 << 30 | stride >> 4));
-    return d;
-  }
-  __device__ __forceinline__ std::uint64_t key_descriptor(int base, int kk) const {
-    int const offset = base + (kk & 3) * 32 + (kk >> 2) * L::kHalfBytes;
-    return descriptor((smem_ >> 4) + (offset >> 4) + (16 >> 4 << 16), 1024);
-  }
-  __device__ __forceinline__ std::uint64_t value_descriptor(int base, int kk) const {
-    return descriptor((smem_ >> 4) + (base >> 4) + kk * 128 + (L::kHalfBytes >> 4 << 16), 1024);
+  // Where the matrix units find a block, in units of 16 bytes. NOTE: broadcast, so that it lies in a
+  // uniform register and the descriptors of a product's steps are not worked out by every lane.
+  __device__ __forceinline__ std::uint32_t place_of(int base) const {
+    return __shfl_sync(~0u, (smem_ + base) >> 4, 0);
   }
   // S = Q K^T for 128 or 64 keys.
   template <int N>
   __device__ __forceinline__ void multiply_keys(float (&S)[N], int base) {
     using Mma = device::Wgmma<T, N, device::BLayout::kKMajor>;
+    std::uint32_t const first = place_of(base);
 #pragma unroll
     for (int kk = 0; kk < kK16; ++kk) {
       std::uint32_t const* const q = Q_ + 4 * kk;
+      std::uint64_t const keys = device::matrix_descriptor<16, 1024>(
+          first + (kk & 3) * 2 + (kk >> 2) * (L::kHalfBytes >> 4));
       if (kk == 0)
-        Mma::first(S, q[0], q[1], q[2], q[3], key_descriptor(base, kk));
+        Mma::first(S, q[0], q[1], q[2], q[3], keys);
       else
-        Mma::next(S, q[0], q[1], q[2], q[3], key_descriptor(base, kk), 1);
+        Mma::next(S, q[0], q[1], q[2], q[3], keys, 1);
     }
     device::wgmma_commit();
   }
@@ -157,10 +153,12 @@ class GeneralConsumer : ConsumerBase<T, kDim, Layout<kDim, Mode::kGeneral>> {
   template <int kKeys>
   __device__ __forceinline__ void multiply_values(int base, bool accumulate, Int<kKeys>) {
     using Mma = device::Wgmma<T, kOutRegs, device::BLayout::kNMajor>;
+    std::uint32_t const first = place_of(base);
 #pragma unroll
     for (int kk = 0; kk < kKeys / 16; ++kk) {
       std::uint32_t const* const w = P_ + 4 * kk;
-      Mma::next(O_, w[0], w[1], w[2], w[3], value_descriptor(base, kk), kk > 0 || accumulate);
+      std::uint64_t const values = device::matrix_descriptor<L::kHalfBytes, 1024>(first + kk * 128);
+      Mma::next(O_, w[0], w[1], w[2], w[3], values, kk > 0 || accumulate);
     }
     device::wgmma_commit();
   }
@@ -479,8 +477,9 @@ class GeneralConsumer : ConsumerBase<T, kDim, Layout<kDim, Mode::kGeneral>> {
     device::pin(O_), device::pin(P_), device::pin(Q_);
     if (old_release && !late) release(kEmptyWindowV);
     TilePlan const& old = old_plan();
+    Staging const buffer = staging();
     weigh_first(S, [&](int g) {
-      if (g < kK16 && whole_) stage(g);
+      if (g < kK16 && whole_) stage(buffer, g);
     });
     if (!whole_) store_rows(old);
     store_output(old);
@@ -508,8 +507,9 @@ class GeneralConsumer : ConsumerBase<T, kDim, Layout<kDim, Mode::kGeneral>> {
   // To this warpgroup's part of Q, or to memory where rows are missing.
   __device__ __forceinline__ void stage_output(TilePlan const& old) {
     if (whole_) {
+      Staging const buffer = staging();
 #pragma unroll
-      for (int kk = 0; kk < kK16; ++kk) stage(kk);
+      for (int kk = 0; kk < kK16; ++kk) stage(buffer, kk);
     } else {
       store_rows(old);
     }
@@ -520,9 +520,9 @@ class GeneralConsumer : ConsumerBase<T, kDim, Layout<kDim, Mode::kGeneral>> {
     store_row(old, r + 8, 2, inverse_[1]);
   }
   // 16 of the columns.
-  __device__ __forceinline__ void stage(int kk) {
+  __device__ __forceinline__ void stage(Staging buffer, int kk) {
     float const a = inverse_[0], b = inverse_[1];
-    device::stmatrix_x4(query_address(kk), device::pack2<T>(O_[8 * kk] * a, O_[8 * kk + 1] * a),
+    device::stmatrix_x4(buffer.step(kk), device::pack2<T>(O_[8 * kk] * a, O_[8 * kk + 1] * a),
                         device::pack2<T>(O_[8 * kk + 2] * b, O_[8 * kk + 3] * b),
                         device::pack2<T>(O_[8 * kk + 4] * a, O_[8 * kk + 5] * a),
                         device::pack2<T>(O_[8 * kk + 6] * b, O_[8 * kk + 7] * b));
