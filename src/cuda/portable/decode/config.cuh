@@ -44,6 +44,9 @@ struct DecodeConfig {
   // with one tile, 128 with two, 192 at 256 dimensions; some 30 more are needed. Bytes under way:
   // 12 warps with up to 8 KB each, where 4.5 TB/s * 0.8 us over 132 multiprocessors ask for 27 KB.
   static constexpr int kBlocksPerSm = kMaxDim > 128 ? 2 : kTiles == 2 ? 3 : 4;
+  // Where blocks form clusters, there are no more than two on a multiprocessor.
+  // NOTE: with 255 registers a step of few heads takes half a microsecond less.
+  static constexpr int kClusteredBlocksPerSm = 2;
   static constexpr int kMaxRegisters = 65536 / (kBlocksPerSm * kThreads) / 8 * 8;
   static_assert(kMaxRegisters >= kMaxDim / 2 + kTiles * kMaxDim / 4 + 30 || kMaxDim > 128);
   using Evict = EvictionConfig<kThreads, 1>;

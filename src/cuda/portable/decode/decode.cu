@@ -73,8 +73,8 @@ DecodePlan plan_decode(DecodeProblem const& p, DeviceProperties const& device) {
 
   // Few heads: several blocks share one, as long as they find places side by side and each of their
   // warps has rows.
-  // NOTE: clusters of 4 and 8 find places for two blocks on each multiprocessor only: with more,
-  // some of them waited until others had ended, and a step took longer than with half as many.
+  // NOTE: clusters of 4 and 8 find places for one block on each multiprocessor only: with two, half
+  // of them waited until the others had ended, and a step took longer than with half as many.
   std::int64_t const heads = p.batch * p.num_kv_heads;
   std::int64_t const blocks_of_rows = (p.layout.num_rows + kBlockKeys - 1) / kBlockKeys;
   with_max_dim(p.head_dim, [&](auto max_dim) {
@@ -82,7 +82,7 @@ DecodePlan plan_decode(DecodeProblem const& p, DeviceProperties const& device) {
     plan.cluster_log2 = 0;
     for (std::int64_t size = 2; device.compute_capability >= 90 && size <= kMaxClusterSize;
          size *= 2) {
-      std::int64_t const places = (size == 2 ? Config::kBlocksPerSm : 2) * device.num_sms;
+      std::int64_t const places = (size == 2 ? Config::kClusteredBlocksPerSm : 1) * device.num_sms;
       if (size * heads > places || size * Config::kRowWarps > blocks_of_rows) break;
       ++plan.cluster_log2;
     }

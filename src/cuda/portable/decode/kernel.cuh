@@ -456,14 +456,21 @@ class DecodeBlock {
   float threshold_;
 };
 
-template <typename T, int kMaxDim, int kTiles>
-__global__ void __launch_bounds__((DecodeConfig<kMaxDim, kTiles>::kThreads),
-                                  (DecodeConfig<kMaxDim, kTiles>::kBlocksPerSm))
+// NOTE: before sm_90 there are no clusters, and the instances for them are empty.
+template <typename T, int kMaxDim, int kTiles, int kBlocksPerSm>
+__global__ void __launch_bounds__((DecodeConfig<kMaxDim, kTiles>::kThreads), kBlocksPerSm)
     decode_kernel(__grid_constant__ DecodeCall const call) {
   using Config = DecodeConfig<kMaxDim, kTiles>;
-  extern __shared__ __align__(128) std::byte dynamic_shared[];
-  __shared__ typename Config::Shared shared;
-  DecodeBlock<T, Config>(call, shared, dynamic_shared).run();
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  constexpr bool kIsUsed = kBlocksPerSm == Config::kBlocksPerSm;
+#else
+  constexpr bool kIsUsed = true;
+#endif
+  if constexpr (kIsUsed) {
+    extern __shared__ __align__(128) std::byte dynamic_shared[];
+    __shared__ typename Config::Shared shared;
+    DecodeBlock<T, Config>(call, shared, dynamic_shared).run();
+  }
 }
 
 }  // namespace sparsek::cuda::portable

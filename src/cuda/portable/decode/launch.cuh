@@ -12,18 +12,18 @@
 
 namespace sparsek::cuda::portable {
 
-template <typename T, int kMaxDim, int kTiles>
-void launch_decode_tiles(DecodeCall const& call, DeviceProperties const& device,
-                         cudaStream_t stream) {
+template <typename T, int kMaxDim, int kTiles, int kBlocksPerSm>
+void launch_decode_instance(DecodeCall const& call, DeviceProperties const& device,
+                            cudaStream_t stream) {
   using Config = DecodeConfig<kMaxDim, kTiles>;
-  auto* const kernel = decode_kernel<T, kMaxDim, kTiles>;
+  auto* const kernel = decode_kernel<T, kMaxDim, kTiles, kBlocksPerSm>;
   int const bytes = Config::kSharedBytes;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
         "decode: shared memory of the kernel");
   // NOTE: without the hint a multiprocessor may be left with shared memory for one block. What is
   // left over serves as L1, which the loads of rows need.
   std::int64_t const needed =
-      Config::kBlocksPerSm * (bytes + std::int64_t{sizeof(typename Config::Shared)} + 2048);
+      kBlocksPerSm * (bytes + std::int64_t{sizeof(typename Config::Shared)} + 2048);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                              static_cast<int>(std::min<std::int64_t>(
                                  100, 100 * needed / device.shared_bytes_per_sm + 1))),
@@ -42,6 +42,17 @@ void launch_decode_tiles(DecodeCall const& call, DeviceProperties const& device,
   launch.attrs = &cluster;
   launch.numAttrs = cluster_size > 1 ? 1 : 0;
   check(cudaLaunchKernelEx(&launch, kernel, call), "decode kernel");
+}
+
+template <typename T, int kMaxDim, int kTiles>
+void launch_decode_tiles(DecodeCall const& call, DeviceProperties const& device,
+                         cudaStream_t stream) {
+  using Config = DecodeConfig<kMaxDim, kTiles>;
+  if (call.cluster_log2 == 0) {
+    launch_decode_instance<T, kMaxDim, kTiles, Config::kBlocksPerSm>(call, device, stream);
+  } else {
+    launch_decode_instance<T, kMaxDim, kTiles, Config::kClusteredBlocksPerSm>(call, device, stream);
+  }
 }
 
 template <typename T, int kMaxDim>
