@@ -11,9 +11,7 @@ namespace sparsek::cuda::sm90 {
 
 inline constexpr int kProducerBarrier = 5;  // named barrier of the producer warpgroup
 
-// kClearKeys: rows of K beyond a sequence's end are zeroed like those of V (the backward multiplies
-// weights of 0 with them).
-template <int kDim, Mode kMode, bool kClearKeys = false>
+template <int kDim, Mode kMode>
 class Producer {
   using L = Layout<kDim, kMode>;
   static constexpr int kBlocks = L::kMaxBlocks;
@@ -133,12 +131,12 @@ class Producer {
 
   // --- the window slot ---------------------------------------------------------------------------
   __device__ __forceinline__ void fill_window(Cursor const& c, int tile) {
-    // Beyond the sequence lie other sequences' keys, or memory that must not be used: such rows of
-    // V are zeroed (their weight is 0, and 0 * NaN is not). Beyond the tensor the copy engine does
-    // that itself. Rows of K need no care in the forward: their scores are masked.
+    // Beyond the sequence lie other sequences' keys, or memory that must not be used: such rows are
+    // zeroed (weights of 0 are multiplied with them, and 0 * NaN is not 0). Beyond the tensor the
+    // copy engine does that itself.
     bool const partial = (p_.lengths || p_.cu_seqlens_k) && (tile + 1) * kTile > c.tiles.valid;
     int const position = c.tiles.first_k + tile * kTile;
-    if (kClearKeys && partial) {
+    if (partial) {
       wait_empty_together(kEmptyWindowK);
       copy_partial_block(L::kWindowK, p_.k_rows, p_.stride_k_batch, p_.stride_k_head,
                          p_.stride_k_position, tile, c);

@@ -9,8 +9,8 @@
 namespace sparsek::cuda::sm90::backward {
 
 template <int kDim, Mode kMode>
-class QueryProducer : Producer<kDim, kMode, true> {
-  using Base = Producer<kDim, kMode, true>;
+class QueryProducer : Producer<kDim, kMode> {
+  using Base = Producer<kDim, kMode>;
   using L = Layout<kDim, kMode>;
   static constexpr int kBlocks = L::kMaxBlocks;
   static constexpr int kChunks = kDim / 8;  // of 16 bytes in a row
